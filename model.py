@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -162,12 +163,18 @@ class PackedAttention:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, d] by cos, sin [T, 1, d], in float32."""
-    half = x.shape[-1] // 2
+    """Rotary embedding of x [T, heads, d] by cos, sin [T, 1, d], in float32; the first half of sin comes negated."""
     y = x.float()
-    return (y * cos + torch.cat([-y[..., half:], y[..., :half]], dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
+def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, d] for rotate, of angles [T, d / 2]."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
+
+
+@cache
 def inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
     """theta^(-2i/size) for i < size/2, float32."""
     return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
@@ -249,8 +256,11 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
+    def project(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))
         return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.index).flatten(-2))
 
 
@@ -370,8 +380,7 @@ class VisionTower(nn.Module):
         x = self.patch_embed(pixels[patches])
         head_dim = self.config.hidden_size // self.config.num_heads
         angles = places[patches, :, None] * inverse_frequencies(head_dim // 2, 10000.0, device)  # [P, 2, d / 4]
-        angles = angles.flatten(1).repeat(1, 2)[:, None]  # [P, 1, d]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rotation(angles.flatten(1))
         in_windows = PackedAttention(windows, [None] * len(windows), causal=False, device=device)
         in_images = PackedAttention(images, [None] * len(images), causal=False, device=device)
         for i, block in enumerate(self.blocks):
@@ -506,9 +515,7 @@ class QwenVL(nn.Module):
         frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, positions.device)
         angles = positions[..., None] * frequencies  # [3, T, d / 2]
         sections = angles.split(self.config.mrope_section, dim=-1)
-        angles = torch.cat([section[i] for i, section in enumerate(sections)], dim=-1)
-        angles = angles.repeat(1, 2)[:, None]
-        return angles.cos(), angles.sin()
+        return rotation(torch.cat([section[i] for i, section in enumerate(sections)], dim=-1))
 
 
 def row_attention(row, keep: bool = False) -> PackedAttention:
@@ -777,7 +784,9 @@ def choose(probs: Tensor, uniform: Tensor, top_p: float, top_k: int) -> Tensor:
     point = uniform * (1 - 2.0**-20) * cumulative[:, -1]  # strictly inside, whatever the rounding
     token = torch.searchsorted(cumulative, point[:, None], right=True)
     impossible = probs.gather(1, token) == 0  # where a parallel cumsum is not monotone to the last bit
-    return torch.where(impossible, probs.argmax(-1, keepdim=True), token).squeeze(1)
+    if impossible.any():
+        token = torch.where(impossible, probs.argmax(-1, keepdim=True), token)
+    return token.squeeze(1)
 
 
 def random_stream(seed: int, key: int, branch: int, length: int) -> Tensor:
@@ -795,10 +804,10 @@ class PackedLinear(nn.Module):
     """A linear map for decoding on the CPU. Its weight is a second copy, in the blocked order of oneDNN: for a few
     rows that is read twice as fast (16 x 256 by 1376 x 256, float32), and the sums are the same but for rounding."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, *linears: nn.Linear):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([l.weight.detach() for l in linears]))
+        self.bias = torch.cat([l.bias for l in linears]) if linears[0].bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -810,6 +819,10 @@ def packed(module: nn.Module) -> nn.Module:
         return PackedLinear(module)
     twin = copy.copy(module)
     twin._modules = {name: packed(child) for name, child in module._modules.items()}
+    if isinstance(module, SelfAttention):
+        parts = (module.q_proj, module.k_proj, module.v_proj)
+        fused, sizes = PackedLinear(*parts), [p.out_features for p in parts]
+        twin.project = lambda x: fused(x).split(sizes, dim=-1)
     return twin
 
 
@@ -829,6 +842,7 @@ class Branches:
         pack = head.device.type == "cpu" and head.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         small = sum(weight.nbytes for weight in layers.parameters()) < 2**30  # of what is larger, no second copy
         self.layers = [packed(layer) for layer in layers] if pack and small else layers
+        self.head = torch.ops.mkldnn._reorder_linear_weight(head.detach()) if pack and small else head
         self.prompt_kv: list[Tensor] = []  # per layer [2, N, K, P, d]
         self.own_kv: list[Tensor] = []  # per layer [2, B, K, R, d]; R grows with the longest branch
         self.prompt_length = None  # [N]
@@ -868,6 +882,7 @@ class Branches:
         size = self.own_kv[0].shape[-2] if self.own_kv else 0
         fresh = kv.new_zeros(2, len(branches), kv.shape[1], size, kv.shape[2])
         self.own_kv = [torch.cat([x, fresh], dim=1) for x in self.own_kv] or [fresh.clone() for _ in recorder.kept]
+        self._group()
 
     def _add_prompts(self, kept: list[tuple[Tensor, Tensor]], start: Tensor, length: Tensor) -> None:
         """Append the prefill's keys and values [T, K, d], cut by prompt and padded to the longest."""
@@ -890,25 +905,30 @@ class Branches:
             longest = int(self.prompt_length.max()) if len(used) else 0
             self.prompt_kv = [x[:, used, :, :longest] for x in self.prompt_kv]
             self.state["owner"] = torch.searchsorted(used, self.state["owner"])
+        if len(index):
+            self._group()
+
+    def _group(self) -> None:
+        """What attention needs to know of which branch belongs to which prompt."""
+        owner, prompts = self.state["owner"], len(self.prompt_length)
+        first = torch.searchsorted(owner, torch.arange(prompts, device=owner.device))
+        self.rows = torch.arange(len(owner), device=owner.device)
+        self.slot = self.rows - first[owner]  # the branch's number among those of its prompt
+        width = torch.arange(int(self.slot.max()) + 1, device=owner.device)
+        self.members = (first[:, None] + width).clamp(max=len(owner) - 1)  # [N, width]; those of others are not read
+        kv = self.prompt_kv[0]
+        self.far_mask = length_mask(self.prompt_length, kv.shape[-2], kv)
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
         state, model = self.state, self.model
-        rows = torch.arange(len(self), device=state["owner"].device)
         newest = int(state["length"].max())
         if newest > self.own_kv[0].shape[-2]:
             size = min(max(64, 2 * newest), self.limit)
             self.own_kv = [pad_to(x, size) for x in self.own_kv]
-        owner = state["owner"]
-        self.rows, self.newest = rows, newest
-        first = torch.searchsorted(owner, torch.arange(len(self.prompt_length), device=rows.device))
-        self.slot = rows - first[owner]  # branches are sorted by prompt
-        width = torch.arange(int(self.slot.max()) + 1, device=rows.device)
-        self.members = (first[:, None] + width).clamp(max=len(self) - 1)  # [N, width]; those of others are not read
-        kv = self.prompt_kv[0]
-        self.far_mask = length_mask(self.prompt_length, kv.shape[-2], kv)
+        self.newest, kv = newest, self.own_kv[0]
         self.near_mask = length_mask(state["length"], newest, kv)
-        x = model.model.embed_tokens(state["ids"][rows, state["length"] - 1])
+        x = model.model.embed_tokens(state["ids"][self.rows, state["length"] - 1])
         cos, sin = model.rope(state["position"].expand(3, -1))
         for layer in self.layers:
             x = layer(x, cos, sin, self.attend)
@@ -988,7 +1008,7 @@ def sample(
             waiting = fill(branches, queue, free, n, seed, prefill_tokens)
             continue
         state = branches.state
-        logits = scaled_logits(state["hidden"], model.head, temperature or 1.0, banned)
+        logits = scaled_logits(state["hidden"], branches.head, temperature or 1.0, banned)
         probs, rows = logits.softmax(-1), torch.arange(len(branches), device=logits.device)
         uniform = state["uniform"][rows, state["length"]]
         token = choose(probs, uniform, top_p, top_k) if temperature else logits.argmax(-1)
