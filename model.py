@@ -87,7 +87,7 @@ class Config:
     def from_json(cls, raw: dict) -> "Config":
         """raw: the parsed config.json, flat as published, nested, or nested with rope_parameters."""
         if raw.get("model_type") != "qwen2_5_vl":
-            raise CheckpointError(f"config.json: model_type is {raw.get('model_type')!r}, only 'qwen2_5_vl' is supported")
+            raise CheckpointError(f"config.json: model_type is {raw.get('model_type')!r}, not 'qwen2_5_vl'")
         text = {**raw, **(raw.get("text_config") or {})}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         plain_rope = rope.get("rope_type", rope.get("type", "default")) in ("default", "mrope")
@@ -102,7 +102,7 @@ class Config:
         }
         config = build_config(cls, {**text, **derived})
         if sum(config.mrope_section) * 2 != config.head_dim:
-            raise CheckpointError(f"config.json: mrope_section {config.mrope_section} is not half of head size {config.head_dim}")
+            raise CheckpointError(f"config.json: mrope_section {config.mrope_section}, head size {config.head_dim}")
         return config
 
 
@@ -155,9 +155,8 @@ class PackedAttention:
             keys, values = k[i], v[i]
             if prefix is not None:
                 keys, values = (torch.cat([x[prefix].expand(count, -1, -1, -1), x[i]], dim=2) for x in (k, v))
-            out = F.scaled_dot_product_attention(
-                q[i], keys, values, mask, is_causal=self.causal and mask is None, enable_gqa=q[i].shape[1] != keys.shape[1]
-            )
+            how = {"is_causal": self.causal and mask is None, "enable_gqa": q[i].shape[1] != keys.shape[1]}
+            out = F.scaled_dot_product_attention(q[i], keys, values, mask, **how)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)
 
@@ -183,21 +182,20 @@ def inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor
 # ------------------------------------------------------------------------------------------------ layers
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weight [out, in], plus bias: F.linear, but on the CPU float32 goes to oneDNN.
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
-    torch's own choice there, MKL, runs at less than half of that rate on AMD processors. A `packed` weight is in
-    oneDNN's own layout and goes there too.
-    """
-    if weight.is_mkldnn or (HAS_ONEDNN and x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")):
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times weight [out, in], plus bias: F.linear, but on the CPU oneDNN's product for float32 and for
+    packed weights. torch's own choice there, MKL, is half as fast on AMD processors (180 to 400 GFLOP/s)."""
+    float32 = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if HAS_ONEDNN and (float32 or weight.is_mkldnn):
         return (OneDNN.apply if torch.is_grad_enabled() else onednn)(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product in oneDNN; weight: plain, or packed."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -378,8 +376,8 @@ class VisionTower(nn.Module):
         return torch.cat(order), torch.cat(places), windows, images
 
     def forward(self, pixels: Tensor, grids: Iterable[tuple[int, int, int]]) -> Tensor:
-        """pixels [P, 1176], grids of (1, rows, columns) patches -> [P / 4, D]. Windows are made contiguous once, and
-        the order is undone once after the merger."""
+        """pixels [P, 1176], grids of (1, rows, columns) patches -> [P / 4, D]. Windows are made contiguous once,
+        and the order is undone once after the merger."""
         device, cell = pixels.device, self.config.spatial_merge_size**2
         order, places, windows, images = self.layout(grids)
         order, places = order.to(device), places.to(device)
@@ -598,7 +596,7 @@ def load(path: str, device: str | torch.device = "cpu", dtype: torch.dtype | Non
         with torch.device("meta"):
             model = QwenVL(Config.from_json(json.loads((folder / "config.json").read_text())))
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: missing, or no configuration that fits ({error})") from error
+        raise CheckpointError(f"{folder / 'config.json'}: missing, or does not fit ({error})") from error
     found, wanted = read_tensors(folder), model.state_dict()
     if model.config.tie_word_embeddings:
         found.pop("lm_head.weight", None)  # some files repeat the tied matrix
@@ -607,12 +605,11 @@ def load(path: str, device: str | torch.device = "cpu", dtype: torch.dtype | Non
             raise CheckpointError(f"{folder}: {len(names)} {problem} tensors, first: {min(names)}")
     for name in wanted:
         if found[name].shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{folder}: {name} has shape {list(found[name].shape)}, config.json wants {list(wanted[name].shape)}"
-            )
+            shape, right = list(found[name].shape), list(wanted[name].shape)
+            raise CheckpointError(f"{folder}: {name} has shape {shape}, config.json wants {right}")
         if not found[name].is_floating_point():
             raise CheckpointError(f"{folder}: {name} holds {found[name].dtype}, not floating-point numbers")
-        if not torch.stack(found[name].aminmax()).isfinite().all():  # NaN comes through; as fast as the file is read
+        if not torch.stack(found[name].aminmax()).isfinite().all():  # NaN comes through
             raise CheckpointError(f"{folder}: {name} holds NaN or infinite numbers")
         found[name] = found[name].to(device, dtype)
     model.load_state_dict(found, assign=True)
@@ -768,25 +765,23 @@ def replica(model: QwenVL, dtype: torch.dtype, old: QwenVL | None = None) -> Qwe
 @dataclass
 class Completion:
     """One sampled output. ids: with the stop token when finished; logprobs: [len(ids)] float32, at the sampling
-    temperature and before top-p and top-k; finished: False if cut off at max_new_tokens."""
+    temperature and before top-p; finished: False if cut off at max_new_tokens."""
 
     ids: list[int]
     logprobs: Tensor
     finished: bool
 
 
-def choose(probs: Tensor, uniform: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Next tokens [B], drawn from probs [B, V] by top-k, then top-p of what that leaves.
+def choose(probs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Next tokens [B], drawn from the most likely of probs [B, V] that make up top_p.
 
     Inverse-CDF sampling with one given uniform number per branch [B]: what a branch draws then depends on its
     own random stream alone, not on what else is in the batch.
     """
-    if top_p < 1 or top_k:
+    if top_p < 1:
         ranked, ids = probs.sort(-1, descending=True)
-        if top_k:
-            ranked = F.normalize(ranked[:, :top_k], p=1)
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= max(top_p, 1e-9), 0.0)  # the first always stays
-        probs = torch.zeros_like(probs).scatter(1, ids[:, : ranked.shape[1]], ranked)
+        probs = torch.zeros_like(probs).scatter(1, ids, ranked)
     cumulative = probs.cumsum(-1)
     point = uniform * (1 - 2.0**-20) * cumulative[:, -1]  # strictly inside, whatever the rounding
     token = torch.searchsorted(cumulative, point[:, None], right=True)
@@ -808,7 +803,7 @@ def pad_to(x: Tensor, size: int) -> Tensor:
 
 
 def packed(module: nn.Module) -> nn.Module:
-    """The module for decoding on the CPU: a second copy of its Linear weights, in the blocked order of oneDNN, makes
+    """The module for decoding on the CPU: a second copy of its Linear weights, in oneDNN's blocked order, makes
     products with a few rows up to twice as fast; all else is shared with the original."""
     twin = copy.copy(module)
     twin._modules = {name: packed(child) for name, child in module._modules.items()}
@@ -854,15 +849,16 @@ class Branches:
         row = rows[0].join(*rows[1:]).to(device)
         recorder = row_attention(row, keep=True)
         hidden = self.model.hidden(row, recorder)
-        start, length = (torch.tensor([getattr(s, f) for s in row.segments], device=device) for f in ("start", "length"))
+        start, length = torch.tensor([(s.start, s.length) for s in row.segments], device=device).T
         self._add_prompts(recorder.kept, start, length)
 
         branches = [(key, branch) for key in keys for branch in range(n)]
         streams = torch.stack([random_stream(seed, *names, self.limit) for names in branches]).to(device)
+        owner = torch.arange(len(rows), device=device) + len(self.prompt_length) - len(rows)
         last = (start + length - 1).repeat_interleave(n)
         blank = torch.zeros(len(branches), self.limit, device=device)
         new = {
-            "owner": torch.arange(len(rows), device=device).repeat_interleave(n) + len(self.prompt_length) - len(rows),
+            "owner": owner.repeat_interleave(n),
             "key": torch.tensor(branches, device=device)[:, 0],
             "branch": torch.tensor(branches, device=device)[:, 1],
             "length": torch.zeros_like(last),
@@ -911,7 +907,7 @@ class Branches:
         self.rows = torch.arange(len(owner), device=owner.device)
         self.slot = self.rows - first[owner]  # the branch's number among those of its prompt
         width = torch.arange(int(self.slot.max()) + 1, device=owner.device)
-        self.members = (first[:, None] + width).clamp(max=len(owner) - 1)  # [N, width]; those of others are not read
+        self.members = (first[:, None] + width).clamp(max=len(owner) - 1)  # [N, width]; others' are not read
         kv = self.prompt_kv[0]
         self.far_mask = length_mask(self.prompt_length, kv.shape[-2], kv)
 
@@ -944,9 +940,8 @@ class Branches:
         near, near_total = attention(q, *own[..., : self.newest, :], self.near_mask)
         grouped = q[self.members].transpose(1, 2).flatten(2, 3)  # [N, K, width * H/K, d]
         far, far_total = attention(grouped, *self.prompt_kv[layer], self.far_mask)
-        far, far_total = (
-            x.unflatten(2, self.members.shape[1:] + (-1,)).transpose(1, 2)[owner, self.slot] for x in (far, far_total)
-        )
+        apart = self.members.shape[1], -1  # [N, K, width * H/K, ...] -> [B, K, H/K, ...]
+        far, far_total = (x.unflatten(2, apart).transpose(1, 2)[owner, self.slot] for x in (far, far_total))
         weight = torch.sigmoid(far_total - near_total)[..., None].to(q.dtype)
         return torch.lerp(near, far, weight).flatten(1, 2)
 
@@ -958,8 +953,8 @@ def length_mask(lengths: Tensor, size: int, like: Tensor) -> Tensor | None:
 
 
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of q [X, K, q, d] to some of its keys and values [X, K, t, d], mask [X, 1, 1, t]; and the log of the
-    softmax's normaliser [X, K, q], float32, by which the parts are joined."""
+    """Attention of q [X, K, q, d] to some of its keys and values [X, K, t, d], mask [X, 1, 1, t]; and the log of
+    the softmax's normaliser [X, K, q], float32, by which the parts are joined."""
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     scores = scores if mask is None else scores + mask
     total = scores.logsumexp(-1)
@@ -980,7 +975,6 @@ def sample(
     max_new_tokens: int = 3072,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    top_k: int = 0,
     stop_ids: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
     seed: int = 0,
@@ -990,10 +984,11 @@ def sample(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Sample n completions of every prompt; yields (key, completions) as each prompt finishes, in any order.
 
-    prompts: (key, row) pairs, taken from the iterable as places free up; at most max_branches completions (but always
-    those of one prompt) run at a time. The key also names the prompt's random numbers, so what a prompt gets does not depend on its
-    neighbours, on batching or on the number of ranks. Temperature 0 is greedy, with log-probabilities at
-    temperature 1. `watch` is called at every step with the new tokens [B] of all running completions.
+    prompts: (key, row) pairs, taken from the iterable as places free up; at most max_branches completions (but
+    always those of one prompt) run at a time. The key also names the prompt's random numbers, so what a prompt
+    gets does not depend on its neighbours, on batching or on the number of ranks. Temperature 0 is greedy, with
+    log-probabilities at temperature 1. `watch` is called at every step with the new tokens [B] of all running
+    completions.
     """
     branches, queue, done = Branches(model, max_new_tokens), iter(prompts), {}
     stops = torch.tensor(stop_ids, dtype=torch.long, device=model.head.device)
@@ -1007,7 +1002,7 @@ def sample(
         logits = scaled_logits(state["hidden"], branches.head, temperature or 1.0, banned)
         probs, rows = logits.softmax(-1), torch.arange(len(branches), device=logits.device)
         uniform = state["uniform"][rows, state["length"]]
-        token = choose(probs, uniform, top_p, top_k) if temperature else logits.argmax(-1)
+        token = choose(probs, uniform, top_p) if temperature else logits.argmax(-1)
         state["ids"][rows, state["length"]] = token
         state["logprobs"][rows, state["length"]] = probs[rows, token].log()
         state["length"] += 1

@@ -5,6 +5,7 @@ wild; packed rows with shared prefixes against a dense mask; chunked log-probabi
 sampling against explicit loops and distributions.
 Run: python -m pytest tests/test_model.py
 """
+import copy
 import json
 import subprocess
 import sys
@@ -562,16 +563,34 @@ def test_fused_decoding_attention_equals_the_plain_one_and_parts_join(dtype, clo
     torch.testing.assert_close(joined, whole, atol=close, rtol=close)
 
 
-def test_packed_linear_maps_equal_the_plain_ones(net):
-    layer = net.model.layers[0].mlp
-    x = torch.randn(5, layer.gate_proj.in_features)
-    twin = ours.packed(layer)
-    assert twin.gate_proj.weight.is_mkldnn and not layer.gate_proj.weight.is_mkldnn
-    with torch.no_grad():
-        torch.testing.assert_close(twin(x), layer(x), atol=1e-6, rtol=1e-5)
-        attention = net.model.layers[0].self_attn.q_proj  # with a bias
-        x = torch.randn(5, attention.in_features)
-        torch.testing.assert_close(ours.packed(attention)(x), attention(x), atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("learned, asked", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("size", [(48, 80), (80, 48)])
+def test_linear_and_its_gradients_equal_torchs(size, learned, asked):
+    """With all gradients, with frozen weights, and from inputs (such as pixels) that ask for none."""
+    values = torch.randn(33, size[1]), torch.randn(size), torch.randn(size[0])
+    grad = torch.randn(size[0]).expand(33, -1)  # as a sum hands it down
+    for given in (values, values[:2]):  # with and without bias
+        found = []
+        for function in (ours.linear, torch.nn.functional.linear):
+            leaves = [v.clone().requires_grad_(wanted) for v, wanted in zip(given, (asked, learned, learned))]
+            out = function(*leaves)
+            out.backward(grad)
+            found.append([out, *(leaf.grad for leaf in leaves)])
+        assert [g is not None for g in found[0]] == [True, asked, learned, learned][:len(found[0])]
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_equal_the_plain_ones(net, dtype):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() and dtype == torch.bfloat16:
+        pytest.skip("a processor without bfloat16")
+    layer = copy.deepcopy(net.model.layers[0]).to(dtype)
+    twin, x = ours.packed(layer), torch.randn(5, layer.mlp.up_proj.in_features, dtype=dtype)
+    assert twin.mlp.up_proj.weight.is_mkldnn and not layer.mlp.up_proj.weight.is_mkldnn
+    close = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {}
+    for name in ("mlp", "self_attn.q_proj"):  # without and with bias
+        torch.testing.assert_close(twin.get_submodule(name)(x), layer.get_submodule(name)(x), **close)
 
 
 def test_greedy_equals_an_argmax_loop(net):
@@ -590,10 +609,10 @@ def test_greedy_equals_an_argmax_loop(net):
 SAMPLING = dict(n=3, max_new_tokens=15, stop_ids=tuple(range(40, 55)), banned=BANNED, seed=5)
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.9, 50)])
-def test_log_probabilities_equal_the_training_forward(net, temperature, top_p, top_k):
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.9)])
+def test_log_probabilities_equal_the_training_forward(net, temperature, top_p):
     """Also under truncation: what is returned is the policy that training scores, not the truncated one."""
-    got = collect(net, PROMPTS, temperature=temperature, top_p=top_p, top_k=top_k, max_branches=7, **SAMPLING)
+    got = collect(net, PROMPTS, temperature=temperature, top_p=top_p, max_branches=7, **SAMPLING)
     assert sorted(got) == list(range(len(PROMPTS)))
     lengths = {len(completion.ids) for group in got.values() for completion in group}
     assert len(lengths) > 5, "branches of one batch must be of different ages"
@@ -648,21 +667,18 @@ def test_prompts_are_consumed_as_slots_free_up(net):
 
 
 @torch.no_grad()
-def expected_distribution(network, prompt, temperature=1.0, top_p=1.0, top_k=0, banned=()):
-    """[V] of the first token: temperature, then the k largest, then the smallest set that reaches p."""
+def expected_distribution(network, prompt, temperature=1.0, top_p=1.0, banned=()):
+    """[V] of the first token: temperature, then the smallest set that reaches p."""
     logits = network.logits(prompt)[-1].clone()
     logits[list(banned)] = -torch.inf
     probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True)
-    if top_k:
-        probabilities[top_k:] = 0
-        probabilities /= probabilities.sum()
     probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0
     return torch.zeros(VOCAB).scatter(0, order, probabilities / probabilities.sum())
 
 
 @pytest.mark.parametrize("options", [
-    dict(temperature=1.0), dict(temperature=0.5), dict(temperature=2.0), dict(top_k=7), dict(top_p=0.6),
-    dict(temperature=1.5, top_k=30, top_p=0.8), dict(temperature=1.2, top_p=0.05),
+    dict(temperature=1.0), dict(temperature=0.5), dict(temperature=2.0), dict(top_p=0.6),
+    dict(temperature=1.5, top_p=0.8), dict(temperature=1.2, top_p=0.05),
     dict(banned=tuple(range(0, 300, 2)))], ids=str)
 def test_first_tokens_follow_the_distribution(net, options):
     draws, prompt = 4000, SAMPLES["one image"]
