@@ -335,7 +335,9 @@ def main(cfg: Config) -> None:
         return packed_rows([samples[i] for i in indices[ranks.rank :: ranks.world]], encoder, cfg)
 
     steps = range(run.restore(model, optimizer), last)
-    for step, (rows, too_long) in zip(steps, ahead(batch, steps, workers=1)):
+    on_cpu = ranks.device.type == "cpu"  # where the step itself wants every core
+    batches = map(batch, steps) if on_cpu else ahead(batch, steps, workers=1)
+    for step, (rows, too_long) in zip(steps, batches):
         began = time.perf_counter()
         tokens = max(1.0, ranks.reduce(sum(int(r.supervised.sum()) for r in rows)))
         lr = cosine(step, total, cfg.warmup, cfg.lr)
