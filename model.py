@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -162,13 +162,13 @@ class PackedAttention:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, d] by cos, sin [T, 1, d], in float32; the first half of sin comes negated."""
+    """Rotary embedding of x [T, heads, d] by a `rotation`, cos and sin [T, 1, d], in float32."""
     y = x.float()
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, d] for rotate, of angles [T, d / 2]."""
+    """cos and sin [T, 1, d] of angles [T, d / 2], each used for both halves; the first half of sin negated."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
 
@@ -242,11 +242,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.project(x)
-        return self.down_proj(F.silu(gate) * up)
-
-    def project(self, x):
-        return self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class SelfAttention(nn.Module):
@@ -261,11 +257,8 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def project(self, x):
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.index).flatten(-2))
 
 
@@ -812,7 +805,15 @@ def packed(module: nn.Module) -> nn.Module:
     return twin
 
 
+def packable(weight: Tensor) -> bool:
+    """Whether oneDNN takes weights of this kind on this machine."""
+    if not HAS_ONEDNN or not weight.is_cpu or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def pack(weight: Tensor) -> Tensor:
+    """The weight in the blocked order that `onednn` multiplies fastest with."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
 
@@ -830,8 +831,7 @@ class Branches:
         self.model, self.limit = model, limit
         layers, head = model.model.layers, model.head
         small = sum(weight.nbytes for weight in layers.parameters()) < 2**30  # of what is larger, no second copy
-        known = head.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if head.is_cpu and HAS_ONEDNN and known and small:
+        if small and packable(head):
             layers, head = [packed(layer) for layer in layers], pack(head)
         self.layers, self.head = layers, head
         self.prompt_kv: list[Tensor] = []  # per layer [2, N, K, P, d]
@@ -947,7 +947,7 @@ class Branches:
 
 
 def length_mask(lengths: Tensor, size: int, like: Tensor) -> Tensor | None:
-    """What to add to scores so that only the first `lengths` [X] keys count, [X, 1, 1, size]; None: all of them."""
+    """What to add to scores so that only the first `lengths` [X] keys count, [X, 1, 1, size]; None: all do."""
     hidden = torch.arange(size, device=lengths.device) >= lengths[:, None, None, None]
     return like.new_zeros(hidden.shape).masked_fill(hidden, float("-inf")) if hidden.any() else None
 

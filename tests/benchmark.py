@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -40,7 +41,7 @@ import grpo
 import model as qwen
 import sft
 import toy
-from data import Encoder, Row, Sample, Segment, ahead
+from data import Encoder, Row, Segment, ahead
 from peers import (DTYPES, FOLDER, SHAPES, SIZES, build, check, choose_stops, forward_flops, group_of_16,
                    length_of, make_sample, our_side, our_update, picture, their_image_processor, their_inputs,
                    their_model, their_update, timed, trl_run, write_3b)
@@ -111,20 +112,21 @@ def child(*arguments, malloc: dict = GIVE_BACK) -> Iterator[str]:
         raise RuntimeError(f"{' '.join(map(str, arguments))}: exit status {process.returncode}")
 
 
-def memory_of(*arguments) -> float:
-    """peak_memory of one of MEMORY's works, called with the arguments, in a fresh process."""
-    give_back()  # else what this process keeps and what the other needs may be more than there is
-    return float(list(child("memory", *arguments))[0])
+def memory_of(*works: tuple) -> list[float]:
+    """peak_memory of some of MEMORY's works, called with their arguments, each in a fresh process, all at once."""
+    give_back()  # else what this process keeps and what the others need may be more than there is
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(lambda work: float(list(child("memory", *work))[0]), works))
 
 
 @cache
 def machine() -> dict[str, float]:
     """What this machine does at best: GFLOP/s of a matrix product per dtype, GB/s of reading memory."""
-    limits, size, block = {}, 2048, torch.ones(1 << 28)
+    limits, size, block = {}, 2048, torch.ones(1 << 26)
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, size, size).to(dtype)
         products = (lambda: a @ b), (lambda: qwen.linear(a, b))  # MKL's and, in float32, oneDNN's
-        limits[dtype] = 2e-9 * size**3 / min(timed(product) for product in products for _ in range(6))
+        limits[dtype] = 2e-9 * size**3 / min(timed(product) for product in products for _ in range(4))
     return limits | {"bandwidth": 1e-9 * block.nbytes / min(timed(block.sum) for _ in range(6))}
 
 
@@ -195,7 +197,7 @@ def evaluation() -> Iterator[dict]:
     how = f"generate in left-padded batches of 16; {other} outputs of another length; deciles of length "
     how += f"{deciles[0]:.0f} to {deciles[-1]:.0f}; {note}"
     yield result(f"evaluate {count} prompts, tiny", count / a, count / b, "prompts/s", ">= 4", how)
-    refilled = min(timed(lambda: ours(16)) for _ in range(2))
+    refilled = timed(lambda: ours(16))
     yield result("the same, 16 slots refilled", count / refilled, count / b, "prompts/s", "", how)
 
 
@@ -216,21 +218,23 @@ def update() -> Iterator[dict]:
     theirs, inputs, *_ = group_of_16("peer")
     ours, total = our_update(mine, row, completions, advantages), sum(map(len, completions))
     peers = {n: their_update(theirs, inputs, completions, advantages, n) for n in (4, 1)}
-    seconds, losses = {n: timed(peers[n]) for n in peers}, (ours(), peers[1]())
+    losses = [ours()]
+    seconds = {n: timed(lambda: losses.append(peers[n]())) for n in peers}  # the gradients are those of the last
     named = {n.replace("model.language_model.", "model."): p.grad for n, p in theirs.named_parameters()}
     named = {n.replace("model.visual.", "visual."): gradient for n, gradient in named.items()}
     pairs = [(p.grad, named[n].view_as(p)) for n, p in mine.named_parameters()]
     error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-    check(abs(losses[0] - losses[1]) < 1e-5 and error < 1e-4, f"losses {losses}, gradients differ by {error:.1e}")
+    check(max(losses) - min(losses) < 1e-5 and error < 1e-4, f"losses {losses}, gradients differ by {error:.1e}")
     micro = min(seconds, key=seconds.get)
     a, b, note = race(ours, peers[micro], budget=30)
     yield result("GRPO update, guard, 16 x 50..250 tokens, tiny", total / a, total / b, "tokens/s", ">= 4",
                  f"transformers on padded copies, {micro} at a time (best of 1 and 4), "
                  f"gradients within {error:.0e}; {note}")
-    memory = memory_of("update", "ours")
-    for copies in sorted({micro, 16}):
-        yield result("its peak memory", memory, memory_of("update", "peer", copies), "MB",
-                     "<= 0.333" if copies == micro else "", f"the same, {copies} copies at a time")
+    sizes = sorted({micro, 16})
+    memory, *theirs = memory_of(("update", "ours"), *(("update", "peer", copies) for copies in sizes))
+    for copies, needed in zip(sizes, theirs):
+        yield result("its peak memory", memory, needed, "MB", "<= 0.333" if copies == micro else "",
+                     f"the same, {copies} copies at a time")
     flops = 3e-9 * forward_flops(mine, row.extend(completions))
     yield result("its matrix arithmetic", flops / a, machine()[torch.float32], "GFLOP/s", "",
                  "a product of 2048 x 2048; attention itself is not counted")
@@ -269,29 +273,25 @@ def head() -> Iterator[dict]:
     check(difference < 0.02 and error < 0.02, f"results differ by {difference:.1e}, gradients by {error:.1e}")
     plain = "linear, float, log_softmax, gather in one piece; both with embedding and norm, bfloat16"
     yield result("log-probabilities of 4096 tokens, 152k words", a, b, "s", "<= 1.15", f"{plain}; {note}")
-    yield result("its peak memory", memory_of("head", "ours"), memory_of("head", "peer"), "MB", "<= 0.125", plain)
+    yield result("its peak memory", *memory_of(("head", "ours"), ("head", "peer")), "MB", "<= 0.125", plain)
 
 
 # ------------------------------------------------------------------------------------------------ against TRL
 
 
 def trl_row(work: str, kind: str, micros: tuple[int, ...], tokens: int, goal: str, ours: Callable, total: int,
-            steps: int, **how) -> dict:
-    """A row against a trainer at the quickest of the micro-batch sizes; total: tokens of a step, as it counts."""
+            steps: int, trial: dict, **how) -> dict:
+    """A row against a trainer at the micro-batch size that is the quickest in one step, with `trial` in place of what
+    the step is else; total: tokens of a step, as the trainer counts."""
     if not HAS_TRL:
         seconds = statistics.median([timed(ours) for _ in range(3)])
         return result(work, tokens / seconds, None, "tokens/s", goal, "trl not installed")
-    runs = {}
-    for micro in micros:
-        best = min((theirs for _, theirs, _ in runs.values()), default=float("inf"))
-        mine, theirs, logs = trl_run(kind, micro=micro, steps=2 if QUICK else steps, ours=ours, best=best, **how)
-        check(logs[0]["num_tokens"] == total, f"TRL's step has {logs[0]['num_tokens']} tokens, not {total}")
-        short = min((log["completions/min_length"] for log in logs if "completions/min_length" in log), default=128)
-        check(short == 128, f"a completion of TRL has {short} tokens")
-        if mine:
-            runs[micro] = medians((mine[steps > 2 :], theirs[steps > 2 :]))  # the first step warms up
-    micro = min(runs, key=lambda micro: runs[micro][1])
-    a, b, note = runs[micro]
+    micro = min(micros, key=lambda micro: trl_run(kind, micro=micro, steps=1, **how | trial)[1][0])
+    mine, theirs, logs = trl_run(kind, micro=micro, steps=steps, ours=ours, **how)
+    check(logs[0]["num_tokens"] == total, f"TRL's step has {logs[0]['num_tokens']} tokens, not {total}")
+    short = min((log["completions/min_length"] for log in logs if "completions/min_length" in log), default=128)
+    check(short == 128, f"a completion of TRL has {short} tokens")
+    a, b, note = medians((mine[steps > 2 :], theirs[steps > 2 :]))  # the first of many warms up
     return result(work, tokens / a, tokens / b, "tokens/s", goal,
                   f"{kind}Trainer, {micro} at a time (best of {', '.join(map(str, micros))}); {note}")
 
@@ -302,8 +302,9 @@ def grpo_step() -> Iterator[dict]:
                       temperature=1.0, checkpointing=False, dtype="float32", device="cpu")
     model, encoder, compute = sft.load_for_training(cfg, ALONE)
     optimizer = sft.make_optimizer(model, cfg.lr, cfg.weight_decay)
-    for shape, goal, micros, steps in (("short", ">= 3.5", (8, 4, 32), 4), ("guard", ">= 6", (8, 2), 2)):
+    for shape, goal, micros, steps in (("short", ">= 3.5", (4, 8, 32), 5), ("guard", ">= 6", (2, 8), 2)):
         samples = [make_sample(encoder, *SHAPES[shape], seed=seed) for seed in range(2)]
+        quarter = {"samples": samples[:1], "num_generations": 8, "batch": 8}
 
         def ours() -> None:
             prompts = dict(enumerate(samples))
@@ -314,8 +315,9 @@ def grpo_step() -> Iterator[dict]:
             grpo.optimise(model, optimizer, groups, encoder, cfg, 0.2, compute, ALONE)
 
         yield trl_row(f"GRPO step, 2 x 16 x 128 tokens, tiny, {shape}", "GRPO", micros, 4096, goal, ours,
-                      32 * (SHAPES[shape][0] + 128), steps, samples=samples, encoder=encoder, num_generations=16,
-                      max_completion_length=128, beta=0.0, weight_decay=cfg.weight_decay)
+                      32 * (SHAPES[shape][0] + 128), steps, quarter if shape == "guard" else {}, samples=samples,
+                      encoder=encoder, num_generations=16, max_completion_length=128, beta=0.0,
+                      weight_decay=cfg.weight_decay)
 
 
 def sft_step() -> Iterator[dict]:
@@ -339,8 +341,8 @@ def sft_step() -> Iterator[dict]:
 
     # TRL's loss is the same mean over targets; its template ends every answer with one more newline
     work = f"SFT, {min(map(len, rows))} to {max(map(len, rows))} tokens, 32 a step, tiny"
-    yield trl_row(work, "SFT", (2, 4, 8), real, ">= 1.7", ours, real + 32, 4, samples=samples, encoder=encoder,
-                  max_length=None, weight_decay=0.0)
+    yield trl_row(work, "SFT", (2, 4, 8), real, ">= 1.7", ours, real + 32, 5, {}, samples=samples,
+                  encoder=encoder, max_length=None, weight_decay=0.0)
     yield result("tokens that it computes", computed[-1], real, "tokens", "<= 1.03", "the tokens of the samples")
 
 
@@ -375,12 +377,12 @@ def loading() -> Iterator[dict]:
                 record.append(timed(work))
         a, b, note = medians(times)
         yield result(f"load {1e-9 * size:.1f} GB {state}", a, b, "s", "<= 1.3", f"reading the files once; {note}")
-    yield result("its peak memory", memory_of("load", folder), size / 2**20, "MB", "<= 1.1", "size of the files")
+    yield result("its peak memory", *memory_of(("load", folder)), size / 2**20, "MB", "<= 1.1", "size of the files")
     shutil.rmtree(folder)
 
 
 def images() -> Iterator[dict]:
-    """JPEG files to patches, and how far training hides it."""
+    """JPEG files to patches."""
     encoder, count = Encoder(str(build("tiny")), max_pixels=768 * 768), 64 if QUICK else 512
     names = [f"photo-{i}.jpg" for i in range(32)]
     for i, name in enumerate(names):
@@ -400,20 +402,6 @@ def images() -> Iterator[dict]:
     a, b, note = race(ours, lambda: [theirs(i) for i in range(count)], 3)
     yield result(f"preprocess {count} photos of 1 MP", count / a, count / b, "images/s", ">= 2",
                  f"Qwen2VLImageProcessorPil at 768 x 768, decoding included; {note}")
-    (mine, _), cfg, steps = our_side("tiny"), sft.Config(model="", pack_tokens=2048), 4
-    samples = [Sample(name, "", "May", name, None, "harmful", None, "1. fine", folder=FOLDER) for name in names]
-
-    def compute(rows: list[Row]) -> None:
-        for row in rows:
-            mine(row)[0].mean().backward()
-
-    def batch(step: int) -> list[Row]:
-        return sft.packed_rows(samples[2 * step :][:2], encoder, cfg)[0]
-
-    a, b, note = race(lambda: [compute(rows) for rows in ahead(batch, range(steps), workers=1)],
-                      lambda: [compute(batch(i)) for i in range(steps)], 3)
-    yield result("train on photos, overlapped", 2 * steps / a, 2 * steps / b, "images/s", ">= 1",
-                 f"ours, each batch prepared before its step; {note}")
 
 
 def growth() -> Iterator[dict]:
@@ -433,7 +421,7 @@ def growth() -> Iterator[dict]:
             works = {"sampling": lambda: list(sampled()), "update": update}
             for what, work in works.items():
                 megabytes, tokens = peak_memory(work), len(row) + group * new
-                seconds = min(timed(work) for _ in range(2))
+                seconds = timed(work)
                 points[what].append((value, 1e6 * seconds / tokens, 1024 * megabytes / tokens))
         for what, found in points.items():
             shown = "the first; " + "; ".join(f"{value}: {us:.0f} us, {kb:.0f} KB" for value, us, kb in found)
@@ -443,8 +431,8 @@ def growth() -> Iterator[dict]:
 
 
 ROWS = {
-    "sample-tiny": lambda: sampling("tiny", 128, {"short": ">= 3.5", "guard": ">= 6"}, 40),
-    "sample-mid": lambda: sampling("mid", 32, {"short": ">= 2", "guard": ">= 5"}, 40),
+    "sample-tiny": lambda: sampling("tiny", 128, {"short": ">= 3.5", "guard": ">= 6"}, 20),
+    "sample-mid": lambda: sampling("mid", 32, {"short": ">= 2", "guard": ">= 5"}, 20),
     "evaluate": evaluation, "update": update, "step": grpo_step, "sft": sft_step, "head": head, "load": loading,
     "images": images, "growth": growth,
 }

@@ -262,27 +262,23 @@ def group_of_16(side: str) -> tuple:
 
 
 class InTurn(transformers.TrainerCallback):
-    """Times a trainer's steps, data included, and runs and times `ours` after each; ends the run if its first step,
-    which warms up, takes 1.3 times as long as the steps of the `best` one."""
+    """Times a trainer's steps, data included, and runs and times `ours` after each."""
 
-    def __init__(self, ours: Callable[[], object], best: float):
-        self.ours, self.best, self.times, self.start = ours, best, ([], []), 0.0
+    def __init__(self, ours: Callable[[], object] | None):
+        self.ours, self.times, self.start = ours, ([], []), 0.0
 
     def on_train_begin(self, *_, **__) -> None:
         self.start = time.perf_counter()
 
-    def on_step_end(self, _, __, control, **___) -> None:
+    def on_step_end(self, *_, **__) -> None:
         self.times[1].append(time.perf_counter() - self.start)
-        if not self.times[0] and self.times[1][0] > 1.3 * self.best:
-            control.should_training_stop = True
-        else:
+        if self.ours:
             self.times[0].append(timed(self.ours))
         self.start = time.perf_counter()
 
 
-def trl_run(kind: str, samples: list[Sample], encoder: Encoder, micro: int, steps: int, ours, best: float, **how):
-    """Seconds of each of our steps and of a trainer's, 32 samples a step, `micro` at a time; and its log. Of a trainer
-    that is far from the `best` seconds: of its first step only, and none of ours."""
+def trl_run(kind: str, samples: list[Sample], encoder: Encoder, micro: int, steps: int, ours=None, batch=32, **how):
+    """Seconds of each of our steps and of a trainer's, `batch` samples a step, `micro` at a time; and its log."""
     import datasets
     import trl
 
@@ -295,8 +291,8 @@ def trl_run(kind: str, samples: list[Sample], encoder: Encoder, micro: int, step
 
     rewards = {"reward_funcs": lambda completions, **_: [random.random() for _ in completions]}
     with tempfile.TemporaryDirectory() as out:
-        clock, config = InTurn(ours, best), getattr(trl, f"{kind}Config")(
-            out, per_device_train_batch_size=micro, gradient_accumulation_steps=32 // micro, max_steps=steps,
+        clock, config = InTurn(ours), getattr(trl, f"{kind}Config")(
+            out, per_device_train_batch_size=micro, gradient_accumulation_steps=batch // micro, max_steps=steps,
             learning_rate=1e-6, lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0,
             bf16=False, gradient_checkpointing=False, use_cpu=True, logging_steps=1, save_strategy="no",
             report_to="none", disable_tqdm=True, shuffle_dataset=False, dataloader_pin_memory=False, **how)
