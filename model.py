@@ -353,9 +353,9 @@ class VisionTower(nn.Module):
         merge = self.config.spatial_merge_size
         side = self.config.window_size // (self.config.patch_size * merge)  # cells along a window's edge
         order, places, windows, images, start = [], [], [], [], 0
-        for time, rows, columns in grids:
-            if time != 1 or rows % merge or columns % merge:
-                raise ValueError(f"image grid {(time, rows, columns)}: want time 1, sides in multiples of {merge}")
+        for frames, rows, columns in grids:
+            if frames != 1 or rows % merge or columns % merge:
+                raise ValueError(f"image grid {(frames, rows, columns)}: want time 1, sides in multiples of {merge}")
             cells = torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge) + start
             tiles = [t.flatten() for band in cells.split(side, 0) for t in band.split(side, 1)]
             tiles.sort(key=len, reverse=True)

@@ -405,8 +405,8 @@ def test_replica_follows_the_model(tmp_path):
         for weight in mine.parameters():
             weight.add_(1)
     assert ours.replica(mine, torch.bfloat16, half) is half
-    for copy, weight in zip(half.parameters(), mine.parameters(), strict=True):
-        assert torch.equal(copy, weight.bfloat16())
+    for mirror, weight in zip(half.parameters(), mine.parameters(), strict=True):
+        assert torch.equal(mirror, weight.bfloat16())
 
 
 PEAK = """
