@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -112,11 +111,10 @@ def child(*arguments, malloc: dict = GIVE_BACK) -> Iterator[str]:
         raise RuntimeError(f"{' '.join(map(str, arguments))}: exit status {process.returncode}")
 
 
-def memory_of(*works: tuple) -> list[float]:
-    """peak_memory of some of MEMORY's works, called with their arguments, each in a fresh process, all at once."""
-    give_back()  # else what this process keeps and what the others need may be more than there is
-    with ThreadPoolExecutor(len(works)) as pool:
-        return list(pool.map(lambda work: float(list(child("memory", *work))[0]), works))
+def memory_of(*arguments) -> float:
+    """peak_memory of one of MEMORY's works, called with the arguments, in a fresh process."""
+    give_back()  # else what this process keeps and what the other needs may be more than there is
+    return float(list(child("memory", *arguments))[0])
 
 
 @cache
@@ -229,11 +227,10 @@ def update() -> Iterator[dict]:
     yield result("GRPO update, guard, 16 x 50..250 tokens, tiny", total / a, total / b, "tokens/s", ">= 4",
                  f"transformers on padded copies, {micro} at a time (best of 1 and 4), "
                  f"gradients within {error:.0e}; {note}")
-    sizes = sorted({micro, 16})
-    memory, *theirs = memory_of(("update", "ours"), *(("update", "peer", copies) for copies in sizes))
-    for copies, needed in zip(sizes, theirs):
-        yield result("its peak memory", memory, needed, "MB", "<= 0.333" if copies == micro else "",
-                     f"the same, {copies} copies at a time")
+    memory = memory_of("update", "ours")
+    for copies in sorted({micro, 16}):
+        yield result("its peak memory", memory, memory_of("update", "peer", copies), "MB",
+                     "<= 0.333" if copies == micro else "", f"the same, {copies} copies at a time")
     flops = 3e-9 * forward_flops(mine, row.extend(completions))
     yield result("its matrix arithmetic", flops / a, machine()[torch.float32], "GFLOP/s", "",
                  "a product of 2048 x 2048; attention itself is not counted")
@@ -272,7 +269,7 @@ def head() -> Iterator[dict]:
     check(difference < 0.02 and error < 0.02, f"results differ by {difference:.1e}, gradients by {error:.1e}")
     plain = "linear, float, log_softmax, gather in one piece; both with embedding and norm, bfloat16"
     yield result("log-probabilities of 4096 tokens, 152k words", a, b, "s", "<= 1.15", f"{plain}; {note}")
-    yield result("its peak memory", *memory_of(("head", "ours"), ("head", "peer")), "MB", "<= 0.125", plain)
+    yield result("its peak memory", memory_of("head", "ours"), memory_of("head", "peer"), "MB", "<= 0.125", plain)
 
 
 # ------------------------------------------------------------------------------------------------ against TRL
@@ -368,15 +365,15 @@ def loading() -> Iterator[dict]:
             with open(file, "rb") as handle:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    for state, prepare in (("from the page cache", read), ("from the disk", evict)):
+    for state, prepare, rounds in (("from the page cache", read, 5), ("from the disk", evict, 2)):
         times = ([], [])
-        for _ in range(2):
+        for _ in range(rounds):
             for work, record in ((lambda: qwen.load(str(folder)), times[0]), (read, times[1])):
                 prepare()
                 record.append(timed(work))
         a, b, note = medians(times)
         yield result(f"load {1e-9 * size:.1f} GB {state}", a, b, "s", "<= 1.3", f"reading the files once; {note}")
-    yield result("its peak memory", *memory_of(("load", folder)), size / 2**20, "MB", "<= 1.1", "size of the files")
+    yield result("its peak memory", memory_of("load", folder), size / 2**20, "MB", "<= 1.1", "size of the files")
     shutil.rmtree(folder)
 
 
