@@ -73,9 +73,9 @@ def medians(times: tuple[list, list]) -> tuple[float, float, str]:
 
 def race(ours: Callable, peer: Callable, repeats: int = 5, budget: float = 40.0) -> tuple[float, float, str]:
     """The medians of both, run in turn for `budget` seconds; the first round warms up, if there is time for more
-    than two, and there is no second if the first took two minutes."""
+    than two, and there is no second if the first took 50 seconds."""
     times, began, rounds = ([], []), time.perf_counter(), 3 if QUICK else repeats + 1
-    while len(times[0]) < rounds and (spent := time.perf_counter() - began) < max(budget, 120):
+    while len(times[0]) < rounds and (spent := time.perf_counter() - began) < max(budget, 50):
         if len(times[0]) > 1 and spent > budget:
             break
         for work, record in zip((ours, peer), times):
