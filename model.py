@@ -219,6 +219,8 @@ class OneDNN(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
+    """nn.Linear, computed by `linear`."""
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -821,8 +823,7 @@ class Branches:
     """The completions being sampled: B branches of N prompts, kept sorted by prompt.
 
     Each prompt's keys and values exist once, padded to the longest prompt; each branch adds those of its own
-    tokens. `state` holds one tensor per property of a branch, first dimension B: owner (index of its prompt),
-    slot (its number among its prompt's branches), key and branch (the caller's names for it), length (tokens
+    tokens. `state` holds one tensor per property of a branch, first dimension B: owner (index of its prompt), key and branch (the caller's names for it), length (tokens
     generated), position (of the next token), alive, ids and logprobs [B, limit], uniform (its random numbers
     [B, limit]) and hidden (of its last token [B, D]).
     """
@@ -918,8 +919,7 @@ class Branches:
         if newest > self.own_kv[0].shape[-2]:
             size = min(max(64, 2 * newest), self.limit)
             self.own_kv = [pad_to(x, size) for x in self.own_kv]
-        self.newest, kv = newest, self.own_kv[0]
-        self.near_mask = length_mask(state["length"], newest, kv)
+        self.newest, self.near_mask = newest, length_mask(state["length"], newest, self.own_kv[0])
         x = model.model.embed_tokens(state["ids"][self.rows, state["length"] - 1])
         cos, sin = model.rope(state["position"].expand(3, -1))
         for layer in self.layers:
@@ -1000,7 +1000,7 @@ def sample(
             continue
         state = branches.state
         logits = scaled_logits(state["hidden"], branches.head, temperature or 1.0, banned)
-        probs, rows = logits.softmax(-1), torch.arange(len(branches), device=logits.device)
+        probs, rows = logits.softmax(-1), branches.rows
         uniform = state["uniform"][rows, state["length"]]
         token = choose(probs, uniform, top_p) if temperature else logits.argmax(-1)
         state["ids"][rows, state["length"]] = token

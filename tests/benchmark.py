@@ -277,8 +277,8 @@ def head() -> Iterator[dict]:
 
 def trl_row(work: str, kind: str, micros: tuple[int, ...], tokens: int, goal: str, ours: Callable, total: int,
             steps: int, trial: dict, **how) -> dict:
-    """A row against a trainer at the micro-batch size that is the quickest in one step, with `trial` in place of what
-    the step is else; total: tokens of a step, as the trainer counts."""
+    """A row against a trainer at the micro-batch size that is the quickest in one step, which `trial` may make smaller
+    (it replaces some of `how`); total: tokens of a step, as the trainer counts."""
     if not HAS_TRL:
         seconds = statistics.median([timed(ours) for _ in range(3)])
         return result(work, tokens / seconds, None, "tokens/s", goal, "trl not installed")
