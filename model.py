@@ -823,9 +823,9 @@ class Branches:
     """The completions being sampled: B branches of N prompts, kept sorted by prompt.
 
     Each prompt's keys and values exist once, padded to the longest prompt; each branch adds those of its own
-    tokens. `state` holds one tensor per property of a branch, first dimension B: owner (index of its prompt), key and branch (the caller's names for it), length (tokens
-    generated), position (of the next token), alive, ids and logprobs [B, limit], uniform (its random numbers
-    [B, limit]) and hidden (of its last token [B, D]).
+    tokens. `state` holds one tensor per property of a branch, first dimension B: owner (index of its prompt), key
+    and branch (the caller's names for it), length (tokens generated), position (of the next token), alive, ids and
+    logprobs [B, limit], uniform (its random numbers [B, limit]) and hidden (of its last token [B, D]).
     """
 
     def __init__(self, model: QwenVL, limit: int):
