@@ -42,6 +42,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -137,6 +138,7 @@ INDEXES = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl
            "_unsafe_index_put"}
 
 
+@cache
 def name_of(operator) -> str:
     """The operator's name without its namespace and overload: "add" for aten::add.Tensor."""
     return operator._schema.name.rpartition("::")[2]
@@ -211,6 +213,7 @@ def fills_mask(name: str, args: tuple) -> bool:
     return len(indices) == 1 and indices[0].dtype == torch.bool and args[2].numel() == 1
 
 
+@cache
 def is_launch(operator) -> bool:
     """Whether a GPU has something to do: neither a view nor an allocation."""
     name = name_of(operator)
@@ -291,13 +294,13 @@ def check_wrappers(operator, values: list) -> None:
 
 def compute(operator, args: tuple, kwargs: dict):
     """The operator on what its tensors hold; the result lies where CUDA would put it."""
-    values, name = flat(args, kwargs), name_of(operator)
+    values = flat(args, kwargs)
     asked = kwargs.get("device")
     asked_here = asked is not None and torch.device(asked).type == NAME
     takes_part = any(is_pretend(value) for value in values)
     if not takes_part and not asked_here:
         return operator(*args, **kwargs)  # all of it is on the CPU
-
+    name = name_of(operator)
     check_wrappers(operator, values)
     check_generator(operator, kwargs)
     if takes_part:
