@@ -40,7 +40,7 @@ from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, save, shar
 def load_for_training(cfg, ranks: Ranks) -> tuple[QwenVL, Encoder, torch.dtype]:
     """The model with float32 master weights, sharded over the ranks, the encoder, and the compute dtype."""
     compute = choose_dtype(cfg.dtype, ranks.device)
-    model = load(cfg.model, "cpu" if ranks.world > 1 else ranks.device, torch.float32)
+    model = load(cfg.model)
     parts = {"vision": model.visual, "merger": model.visual.merger, "decoder": model.model}
     if not set(cfg.freeze) <= parts.keys():
         raise InputError(f"--freeze {' '.join(cfg.freeze)}: choose from {', '.join(parts)}")
