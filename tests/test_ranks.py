@@ -1,0 +1,209 @@
+"""What several ranks share: the choice of device and compute type, the end of all when one rank fails, signals.
+
+Two-rank runs go through torchrun on the CPU (gloo, FSDP2).
+
+    python -m pytest tests/test_ranks.py
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+import model as qwen
+import sft
+import toy
+from data import Encoder, read_samples, write_samples
+from test_sft import ROOT, TINY, flags, metrics, same, weights
+
+STAGES = {"sft": sft, "grpo": grpo}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy world of 12 exchanges with a word of reasoning, and an untrained tiny model."""
+    folder = tmp_path_factory.mktemp("world")
+    toy.make_world(folder, sizes={"train": 4, "val": 1, "test": 1})
+    toy.build_checkpoint(folder / "base", **TINY)
+    short = [replace(s, reasoning="fine") for s in read_samples([str(folder / "train.jsonl")])]
+    write_samples(folder / "train.jsonl", short)
+    return folder
+
+
+@pytest.fixture
+def config(world, tmp_path):
+    """config(stage, name, **fields): a run of 3 short steps of sft or grpo in tmp_path/name."""
+    def make(stage="sft", name="out", **fields):
+        usual = dict(model=str(world / "base"), data=[str(world / "train.jsonl")], out=str(tmp_path / name),
+                     instruction=str(world / "instruction.txt"), freeze=[], device="cpu", lr=1e-2)
+        if stage == "sft":
+            usual |= dict(batch_size=4, epochs=1)
+        else:
+            usual |= dict(rollout_batch=4, update_batch=2, group=2, max_new_tokens=8)
+        return STAGES[stage].Config(**usual | fields)
+    return make
+
+
+# ---- choosing devices, dtypes
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """As if there were two GPUs; returns what was asked of them."""
+    asked = []
+
+    def set_device(device):
+        if device.index is None:  # as torch.cuda.set_device says it
+            raise ValueError(f"Expected a torch.device with a specified index, but got:{device}")
+        if device.index > 1:
+            raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later")
+        asked.append(("current", str(device)))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: asked.append(("used", str(device))))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield asked
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """As if torchrun had started this process as rank 3 of 4, with GPU 1 on its machine; the group it joins."""
+    joined = {}
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, timeout: joined.update(backend=backend, timeout=timeout))
+    monkeypatch.setattr(qwen.atexit, "register", lambda function: joined.update(at_exit=function))
+    usual = signal.getsignal(signal.SIGINT)
+    yield joined
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.parametrize("name, chosen", [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_one_process_uses_one_gpu_by_its_index(cuda, name, chosen):
+    ranks = qwen.start_ranks(name)
+    assert ranks == qwen.Ranks(0, 1, torch.device(chosen))
+    assert cuda == [("current", chosen), ("used", chosen)]
+
+
+def test_each_of_several_ranks_uses_the_gpu_of_its_number_on_the_machine(cuda, group):
+    assert qwen.start_ranks("auto") == qwen.Ranks(3, 4, torch.device("cuda:1"))
+    assert cuda == [("current", "cuda:1"), ("used", "cuda:1")]
+    assert group["backend"] == "nccl" and group["timeout"].total_seconds() <= 3600
+
+
+def test_several_ranks_on_the_cpu(group):
+    assert qwen.start_ranks("cpu") == qwen.Ranks(3, 4, torch.device("cpu"))
+    assert group["backend"] == "gloo"
+
+
+@pytest.mark.parametrize("name, message", [("cuda:5", "invalid device ordinal"), ("gpu", "Expected one of")])
+def test_a_device_that_cannot_be_used_is_one_line(cuda, name, message):
+    with pytest.raises(OSError, match=f"^device {name} cannot be used here: .*{message}[^\n]*$"):
+        qwen.start_ranks(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_cuda_auto_is_another_device_and_cuda_one_line():
+    assert qwen.start_ranks("auto").device.type in ("cpu", "mps")
+    with pytest.raises(OSError, match="^device cuda cannot be used here: [^\n]*$"):
+        qwen.start_ranks("cuda")
+
+
+def test_attention_by_cudnn_is_off_on_cuda(cuda):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    qwen.start_ranks("cpu")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    qwen.start_ranks("cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_only_runs_on_the_cpu_keep_freed_memory(cuda, monkeypatch):
+    kept = []
+    monkeypatch.setattr(qwen, "keep_freed_memory", lambda: kept.append("kept"))
+    qwen.start_ranks("cuda")
+    assert kept == []
+    qwen.start_ranks("cpu")
+    assert kept == ["kept"]
+
+
+def test_the_compute_type_follows_the_device_unless_it_is_given():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert qwen.choose_dtype("auto", cpu) == qwen.choose_dtype("float32", gpu) == torch.float32
+    assert qwen.choose_dtype("auto", gpu) == qwen.choose_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+# ---- one rank fails
+
+FAILING = """# A stage in which one rank fails at one place, and nobody leaves the process group when asked to.
+import importlib, os, sys, time
+import safetensors.torch, torch
+import data
+
+torch.distributed.destroy_process_group = lambda *group: time.sleep(600)
+stage, place, rank, kind = sys.argv[1:5]
+del sys.argv[1:5]
+owner, name = {
+    "reading": (data.Encoder, "example" if stage == "sft" else "prompt"),
+    "rollout": (data.Encoder, "decode"),
+    "update": (torch.optim.AdamW, "step"),
+    "checkpoint": (torch, "save"),
+    "saving": (safetensors.torch, "save_file"),
+}[place]
+
+def fail(*args, **kwargs):
+    raise {"input": data.InputError, "disk": OSError, "bug": RuntimeError}[kind]("broken\\nhere")
+
+if os.environ["RANK"] == rank:
+    setattr(owner, name, fail)
+stage = importlib.import_module(stage)
+data.cli(stage.Config, stage.main, (stage.CheckpointError,))
+"""
+
+
+def launch(folder: Path, ranks: int, *command: str) -> subprocess.Popen:
+    """torchrun, or one process for one rank, in the background; what it says goes to folder/log."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen([sys.executable, *start, *command], cwd=folder, env=env, stdout=log, stderr=log)
+
+
+def wait(process: subprocess.Popen, seconds: float) -> int:
+    """The exit status; a process that takes longer is a failure, and leaves no process behind."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun takes its workers along
+        process.wait()
+        raise
+
+
+@pytest.mark.parametrize("stage, place, rank, kind", [
+    ("sft", "reading", 1, "input"), ("grpo", "rollout", 1, "bug"), ("sft", "update", 0, "bug"),
+    ("grpo", "checkpoint", 1, "disk"), ("sft", "saving", 0, "disk")])
+def test_when_one_rank_fails_all_end_and_its_message_is_told(config, tmp_path, stage, place, rank, kind):
+    (tmp_path / "failing.py").write_text(FAILING)
+    arguments = [stage, place, str(rank), kind, *flags(config(stage, steps=1))]
+    assert wait(launch(tmp_path, 2, "failing.py", *arguments), 60) == 1  # torchrun's own status for a failure
+    text = (tmp_path / "log").read_text()
+    said, _, report = text.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')  # torchrun's
+    if kind == "bug":
+        assert f"rank {rank}:\nTraceback" in said and said.count("Traceback") == 1
+        assert "RuntimeError: broken\nhere\n" in said
+    else:
+        assert re.search(f"^error: rank {rank}: .*broken here", said, re.MULTILINE) and "Traceback" not in said
+    status = 1 if kind == "bug" else 2
+    cause = report[report.index("Root Cause"):]
+    assert re.search(rf"rank *: {rank} .*\n *exitcode *: {status} ", cause)
+    others = [line for line in said.splitlines() if line.startswith(f"error: rank {1 - rank}")]
+    assert set(others) <= {f"error: rank {1 - rank}: another rank has ended; its message says why"}
