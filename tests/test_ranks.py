@@ -5,23 +5,26 @@ Two-rank runs go through torchrun on the CPU (gloo, FSDP2).
     python -m pytest tests/test_ranks.py
 """
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import augment
+import evaluate
 import grpo
 import model as qwen
 import sft
 import toy
-from data import Encoder, read_samples, write_samples
+from data import Encoder, cli, read_samples, write_samples
 from test_sft import ROOT, TINY, flags, metrics, same, weights
 
 STAGES = {"sft": sft, "grpo": grpo}
@@ -207,3 +210,140 @@ def test_when_one_rank_fails_all_end_and_its_message_is_told(config, tmp_path, s
     assert re.search(rf"rank *: {rank} .*\n *exitcode *: {status} ", cause)
     others = [line for line in said.splitlines() if line.startswith(f"error: rank {1 - rank}")]
     assert set(others) <= {f"error: rank {1 - rank}: another rank has ended; its message says why"}
+
+
+# ---- signals
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The process's own signal handlers, again after a run that was stopped."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("stage, number, status", [("sft", signal.SIGTERM, 143), ("grpo", signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_and_the_same_command_goes_on(config, monkeypatch, stage, number, status):
+    whole, stopped = config(stage, "whole"), config(stage, "stopped")
+    STAGES[stage].main(whole)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        log = sft.Run.log
+        patch.setattr(sft.Run, "log", lambda *arguments: (log(*arguments), os.kill(os.getpid(), number)))
+        STAGES[stage].main(stopped)
+    assert end.value.code == status and [line["step"] for line in metrics(stopped.out)] == [1]
+    assert [path.name for path in Path(stopped.out, "checkpoints").iterdir()] == ["step-000001"]
+    assert not Path(stopped.out, "model.safetensors").exists()
+    STAGES[stage].main(stopped)
+    assert metrics(stopped.out) == metrics(whole.out) and len(metrics(whole.out)) == 3
+    assert same(weights(stopped.out), weights(whole.out))
+
+
+def test_a_second_signal_ends_at_once_and_a_repeated_one_does_not(monkeypatch):
+    now, ended = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop = sft.StopSignal(qwen.Ranks(0, 1, torch.device("cpu")))
+    assert stop.agreed() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and by way of torchrun
+    assert stop.agreed() == signal.SIGTERM and not ended
+    now[0] += 10
+    os.kill(os.getpid(), signal.SIGINT)
+    assert ended == [130]
+
+
+def test_signals_do_what_they_did_when_the_steps_are_done(config):
+    usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    sft.main(config(steps=1))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == usual
+
+
+ONE_SIGNAL = """# A run that is never stopped, and one that is stopped by a signal to rank 1 alone and goes on.
+import functools, json, os, signal, sys
+import sft
+
+sft.start_ranks = functools.cache(sft.start_ranks)  # a process joins its group once
+whole, stopped = [sft.Config(**fields) for fields in json.loads(sys.argv[1])]
+sft.main(whole)
+log = sft.Run.log
+
+def log_and_signal(self, step, metrics):
+    log(self, step, metrics)
+    if self.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+sft.Run.log = log_and_signal
+try:
+    sft.main(stopped)
+except SystemExit as end:
+    print(f"rank {os.environ['RANK']} ends with {end.code}", flush=True)
+sft.Run.log = log
+sft.main(stopped)
+"""
+
+
+def test_all_ranks_stop_after_the_same_step(config, tmp_path):
+    (tmp_path / "stopping.py").write_text(ONE_SIGNAL)
+    whole, stopped = config(name="whole"), config(name="stopped")
+    arguments = json.dumps([asdict(cfg) for cfg in (whole, stopped)])
+    assert wait(launch(tmp_path, 2, "stopping.py", arguments), 60) == 0
+    said = (tmp_path / "log").read_text()
+    assert "rank 0 ends with 143\n" in said and "rank 1 ends with 143\n" in said
+    assert metrics(stopped.out) == metrics(whole.out) and len(metrics(whole.out)) == 3
+    assert same(weights(stopped.out), weights(whole.out))
+
+
+def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(config, tmp_path):
+    cfg = config("grpo", epochs=1000)
+    process = launch(tmp_path, 2, str(ROOT / "grpo.py"), *flags(cfg))
+    log = Path(cfg.out, "metrics.jsonl")
+    began = time.monotonic()
+    while not log.exists() and time.monotonic() < began + 60:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert wait(process, 30) == 1  # torchrun's own status
+    (checkpoint,) = Path(cfg.out, "checkpoints").iterdir()
+    steps = [torch.load(part, weights_only=True)["step"] for part in sorted(checkpoint.iterdir())]
+    assert steps == 2 * [metrics(cfg.out)[-1]["step"]]
+
+
+@pytest.mark.parametrize("stage, number, status", [
+    (evaluate, signal.SIGTERM, -signal.SIGTERM), (augment, signal.SIGINT, 130)])  # a shell says 143 for the first
+def test_a_signal_ends_evaluate_and_augment_at_once(world, tmp_path, stage, number, status):
+    def config(name):
+        out = {evaluate: tmp_path / name, augment: tmp_path / name / "rl.jsonl"}[stage]
+        return stage.Config(model=str(world / "base"), data=[str(world / "train.jsonl")], out=str(out),
+                            max_new_tokens=8, max_branches=1, temperature=1.0, device="cpu")
+
+    def predictions(name):
+        (found,) = (tmp_path / name).rglob("predictions.jsonl")
+        return found.read_text()
+
+    def run_until_the_sixth_output():
+        decode, seen = Encoder.decode, []
+
+        def decode_or_hang(self, ids):
+            seen.append(ids)
+            if len(seen) == 6:
+                (tmp_path / "hangs").touch()
+                time.sleep(60)
+            return decode(self, ids)
+
+        Encoder.decode = decode_or_hang
+        sys.argv = ["stage", *flags(config("stopped"))]
+        cli(stage.Config, stage.main)
+
+    process = multiprocessing.get_context("fork").Process(target=run_until_the_sixth_output)
+    process.start()
+    while not (tmp_path / "hangs").exists() and process.is_alive():
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    process.join(10)
+    assert process.exitcode == status
+    written = predictions("stopped")
+    assert written.endswith("\n") and 1 <= len(written.splitlines()) < 12
+    stage.main(config("stopped"))
+    stage.main(config("whole"))
+    assert predictions("stopped") == predictions("whole")
+    assert set(written.splitlines()) <= set(predictions("whole").splitlines())
