@@ -1,9 +1,11 @@
-"""What several ranks share: the choice of device and compute type, the end of all when one rank fails, signals.
+"""What several ranks share: the choice of device and compute type, the end of all when one rank fails, signals,
+and the order of their collectives.
 
-Two-rank runs go through torchrun on the CPU (gloo, FSDP2).
+Two-rank runs go through torchrun on the CPU (gloo, FSDP2), runs of eight ranks through a fake process group.
 
     python -m pytest tests/test_ranks.py
 """
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,6 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import augment
 import evaluate
@@ -24,7 +29,7 @@ import grpo
 import model as qwen
 import sft
 import toy
-from data import Encoder, cli, read_samples, write_samples
+from data import TARGET, Encoder, cli, read_samples, write_samples
 from test_sft import ROOT, TINY, flags, metrics, same, weights
 
 STAGES = {"sft": sft, "grpo": grpo}
@@ -347,3 +352,82 @@ def test_a_signal_ends_evaluate_and_augment_at_once(world, tmp_path, stage, numb
     stage.main(config("whole"))
     assert predictions("stopped") == predictions("whole")
     assert set(written.splitlines()) <= set(predictions("whole").splitlines())
+
+
+# ---- the collectives of every rank
+
+WORLD = 8
+MOST_ROWS = 4  # of any rank in one update
+
+
+class Collectives(TorchDispatchMode):
+    """A group of 8 ranks of which only one runs, and the log of that one's collectives.
+
+    A collective of the fake group leaves this rank's own data in the place of the others'. What all ranks have
+    to be told the same is made up: the largest number of rows of any rank, and what the others gather.
+    """
+
+    def __init__(self, rank: int, patch: pytest.MonkeyPatch):
+        super().__init__()
+        self.rank, self.log = rank, []
+        start, reduce = torch.distributed.init_process_group, torch.distributed.all_reduce
+
+        def all_reduce(tensor, op):
+            reduce(tensor, op)
+            if op == torch.distributed.ReduceOp.MAX and tensor > 0:  # it is 0 where no rank has had a signal
+                tensor.clamp_(min=MOST_ROWS)
+
+        for name in ("RANK", "LOCAL_RANK"):
+            patch.setenv(name, str(rank))
+        patch.setenv("WORLD_SIZE", str(WORLD))
+        patch.setattr(qwen.atexit, "register", lambda function: None)
+        patch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: start(
+            "fake", rank=rank, world_size=WORLD, store=FakeStore()))
+        patch.setattr(torch.distributed, "all_reduce", all_reduce)
+        patch.setattr(torch.distributed, "all_gather_object", self.all_gather_object)
+
+    def all_gather_object(self, boxes: list, items: list) -> None:
+        """The others have the same as this rank, or, of what is shared out by its index, the indices beside."""
+        self.log.append("all_gather_object")
+        for other in range(WORLD):
+            boxes[other] = [i + other - self.rank if isinstance(i, int) else i for i in items]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.log.append(" ".join([str(function), *(f"{x.dtype}{list(x.shape)}" for x in tensors)]))
+        return function(*args, **kwargs or {})
+
+
+def collectives_of(rank: int, stage: str, cfg) -> list[str]:
+    """The log of the whole run of one rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Odd ranks have one right output of two in every group, and even ones no group with any spread.
+        texts = itertools.cycle(["", TARGET.format("fine", "harmful", "harmful")])
+        patch.setattr(Encoder, "decode", lambda encoder, ids: next(texts) if rank % 2 else "")
+        with Collectives(rank, patch) as collectives:
+            STAGES[stage].main(cfg)
+        torch.distributed.destroy_process_group()
+    return collectives.log
+
+
+@pytest.mark.parametrize("stage, fields", [
+    ("sft", dict(batch_size=13, epochs=26 / 24, pack_tokens=1)), ("sft", dict(batch_size=24, freeze=["vision"])),
+    ("grpo", dict(rollout_batch=24, update_batch=12, pack_tokens=1)),
+    ("grpo", dict(rollout_batch=16, update_batch=8, freeze=["decoder"]))])
+def test_each_of_8_ranks_issues_the_same_collectives(world, config, tmp_path, stage, fields):
+    samples = read_samples([str(world / "train.jsonl")])
+    text, images = ([s for s in samples if (s.image is None) == without] for without in (True, False))
+    copies = [replace(s, id=f"{s.id} {i}") for i in range(6) for s in text]
+    data, validation = world / "some-images.jsonl", world / "few.jsonl"
+    write_samples(data, [*copies[:21], *images[:3]])  # most ranks have no image in a batch
+    write_samples(validation, copies[:3])  # most ranks have none of these
+    logs = []
+    for rank in range(WORLD):
+        out = tmp_path / f"rank-{rank}"
+        cfg = config(stage, data=[str(data)], validation=[str(validation)], out=str(out), lr=0.0, eval_every=1,
+                     save_every=1, **fields)
+        logs.append(collectives_of(rank, stage, cfg))
+        assert list(out.rglob(f"rank-{rank}-of-{WORLD}.pt"))
+    print(len(logs[0]), *logs[0], sep="\n")
+    assert all(log == logs[0] for log in logs)
