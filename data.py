@@ -144,15 +144,17 @@ def end_process(code: int, message: str) -> NoReturn:
 
 
 def fail_rank(error: Exception) -> NoReturn:
-    """End one of several ranks after an unexpected exception: its traceback, status 1.
+    """End one of several ranks after an unexpected exception: with its traceback and status 1.
 
-    The exception is expected where it says that the connection to another rank is lost, as that rank has failed
-    or was killed. This gives one line, which does not drown the message of the other, and a later end: torchrun
-    names the rank that ends first as the cause.
+    A rank that has lost its connection to another one, which failed or was killed, prints a single line instead,
+    so that the message of the other one is found. It ends a little later, since torchrun's report names the
+    rank that ended first as the cause.
     """
-    rank = torch.distributed.get_rank()
-    lost = "gloo/transport" in str(error) or "remote process exited" in str(error)  # as gloo and NCCL word it
-    if not lost and not isinstance(error, torch.distributed.DistNetworkError):
+    rank, message = torch.distributed.get_rank(), str(error)
+    lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
+    lost_in_nccl = "ncclRemoteError" in message
+    lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
+    if not (lost_in_gloo or lost_in_nccl or lost_the_store):
         end_process(1, f"rank {rank}:\n{traceback.format_exc()}")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends soon: there is no step to finish
     print(f"error: rank {rank}: another rank has ended; its message says why", file=sys.stderr, flush=True)

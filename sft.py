@@ -237,6 +237,7 @@ class StopSignal:
     The first signal is noted, so that the loop can finish its step, write a checkpoint, and end with the exit
     code 128 + signal, 143 or 130. The next one ends the process at once. What comes within `repeat` seconds
     of the first repeats it: a scheduler may signal torchrun and its workers, and torchrun passes a signal on.
+    torchrun kills its workers 30 seconds later: where a step takes longer, it needs a --shutdown-timeout.
     """
 
     repeat = 2.0

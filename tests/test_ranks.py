@@ -29,7 +29,7 @@ import grpo
 import model as qwen
 import sft
 import toy
-from data import TARGET, Encoder, cli, read_samples, write_samples
+from data import TARGET, Encoder, InputError, cli, read_samples, write_samples
 from test_sft import ROOT, TINY, flags, metrics, same, weights
 
 STAGES = {"sft": sft, "grpo": grpo}
@@ -58,6 +58,15 @@ def config(world, tmp_path):
             usual |= dict(rollout_batch=4, update_batch=2, group=2, max_new_tokens=8)
         return STAGES[stage].Config(**usual | fields)
     return make
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The process has its own signal handlers again after a test that changes them."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in usual.items():
+        signal.signal(number, handler)
 
 
 # ---- choosing devices, dtypes
@@ -91,9 +100,7 @@ def group(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group",
                         lambda backend, timeout: joined.update(backend=backend, timeout=timeout))
     monkeypatch.setattr(qwen.atexit, "register", lambda function: joined.update(at_exit=function))
-    usual = signal.getsignal(signal.SIGINT)
-    yield joined
-    signal.signal(signal.SIGINT, usual)
+    return joined
 
 
 @pytest.mark.parametrize("name, chosen", [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
@@ -217,16 +224,32 @@ def test_when_one_rank_fails_all_end_and_its_message_is_told(config, tmp_path, s
     assert set(others) <= {f"error: rank {1 - rank}: another rank has ended; its message says why"}
 
 
+@pytest.mark.parametrize("error, status, said", [
+    (InputError("two\nlines"), 2, "error: rank 5: two lines\n"), (KeyboardInterrupt(), 130, ""),
+    (KeyError("bug"), 1, r"rank 5:\nTraceback (?s:.*)KeyError: 'bug'\n"),
+    (RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), 1, "LOST"),
+    (torch.distributed.DistBackendError("NCCL error\nncclRemoteError: A call failed possibly due to a network "
+                                        "error or a remote process exiting prematurely."), 1, "LOST"),
+    (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), 1, "LOST"),
+    (RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3600000ms for recv"), 1,
+     r"rank 5:\nTraceback (?s:.*)Timed out waiting .*\n")])
+def test_how_one_of_several_ranks_ends(monkeypatch, capsys, error, status, said):
+    def main(cfg):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        cli(sft.Config, main)
+    assert end.value.code == status
+    lost = "error: rank 5: another rank has ended; its message says why\n"
+    assert re.fullmatch(said.replace("LOST", lost), capsys.readouterr().err)
+
+
 # ---- signals
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """The process's own signal handlers, again after a run that was stopped."""
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in usual.items():
-        signal.signal(number, handler)
-
 
 @pytest.mark.parametrize("stage, number, status", [("sft", signal.SIGTERM, 143), ("grpo", signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_and_the_same_command_goes_on(config, monkeypatch, stage, number, status):
@@ -411,17 +434,17 @@ def collectives_of(rank: int, stage: str, cfg) -> list[str]:
     return collectives.log
 
 
-@pytest.mark.parametrize("stage, fields", [
-    ("sft", dict(batch_size=13, epochs=26 / 24, pack_tokens=1)), ("sft", dict(batch_size=24, freeze=["vision"])),
-    ("grpo", dict(rollout_batch=24, update_batch=12, pack_tokens=1)),
-    ("grpo", dict(rollout_batch=16, update_batch=8, freeze=["decoder"]))])
-def test_each_of_8_ranks_issues_the_same_collectives(world, config, tmp_path, stage, fields):
+@pytest.mark.parametrize("stage, held_out, fields", [
+    ("sft", 11, dict(batch_size=13, epochs=13 / 24, pack_tokens=1)), ("sft", 3, dict(batch_size=24, freeze=["vision"])),
+    ("grpo", 11, dict(rollout_batch=24, update_batch=12, pack_tokens=1)),
+    ("grpo", 3, dict(rollout_batch=16, update_batch=8, freeze=["decoder"]))])
+def test_each_of_8_ranks_issues_the_same_collectives(world, config, tmp_path, stage, held_out, fields):
     samples = read_samples([str(world / "train.jsonl")])
     text, images = ([s for s in samples if (s.image is None) == without] for without in (True, False))
     copies = [replace(s, id=f"{s.id} {i}") for i in range(6) for s in text]
     data, validation = world / "some-images.jsonl", world / "few.jsonl"
     write_samples(data, [*copies[:21], *images[:3]])  # most ranks have no image in a batch
-    write_samples(validation, copies[:3])  # most ranks have none of these
+    write_samples(validation, copies[:held_out])  # of 11 some ranks have two and the others one; of 3 most have none
     logs = []
     for rank in range(WORLD):
         out = tmp_path / f"rank-{rank}"
@@ -429,5 +452,8 @@ def test_each_of_8_ranks_issues_the_same_collectives(world, config, tmp_path, st
                      save_every=1, **fields)
         logs.append(collectives_of(rank, stage, cfg))
         assert list(out.rglob(f"rank-{rank}-of-{WORLD}.pt"))
-    print(len(logs[0]), *logs[0], sep="\n")
-    assert all(log == logs[0] for log in logs)
+    for log in logs[1:]:
+        assert log == logs[0]
+    issued = " ".join(logs[0])
+    assert all(kind in issued for kind in ("barrier", "allreduce", "allgather", "reduce_scatter"))
+    assert ("all_gather_object" in issued) == (stage == "grpo")
