@@ -17,6 +17,7 @@ means of micro-batches); the clip range really decays (in the release it never r
 
 import json
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from data import Encoder, InputError, Row, Sample, ahead, check_inputs, cli, opt
 from evaluate import compute_metrics, evaluate_samples
 from model import CheckpointError, Completion, QwenVL, Ranks, replica, sample, save, start_ranks
 from reward import FLOOR, Reward, score
-from sft import Run, compute_in, in_step, load_for_training, make_optimizer, stream, update
+from sft import Run, StopSignal, compute_in, in_step, load_for_training, make_optimizer, stream, update
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,7 @@ def main(cfg: Config) -> None:
         policy = replica(model, compute, policy)
         run.log(0, held_out(policy, encoder, validation, cfg, ranks))
 
+    stop = StopSignal(ranks)
     for step in range(done + 1, last + 1):
         began = time.perf_counter()
         indices = stream(len(samples), (step - 1) * cfg.rollout_batch, cfg.rollout_batch, cfg.seed)
@@ -326,8 +328,12 @@ def main(cfg: Config) -> None:
             metrics |= held_out(policy, encoder, validation, cfg, ranks)
         write_rollouts(run, groups, step, clip)
         run.log(step, metrics)
-        if step % cfg.save_every == 0 or step == last:
+        stopped = stop.agreed()
+        if step % cfg.save_every == 0 or step == last or stopped:
             run.checkpoint(step, model, optimizer)
+        if stopped:
+            sys.exit(128 + stopped)
+    stop.restore()
     save(model, cfg.out, cfg.model, compute)
     if ranks.rank == 0:
         encoder.write(cfg.out)

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -722,36 +723,58 @@ class Ranks:
 
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks instead of handing them back to the system, which costs a page fault per
-    4 KB when they are needed again, step after step. Elsewhere there is no mallopt, and nothing to do."""
+    4 KB when they are needed again, step after step. For CPU runs: beside a GPU it would keep the float32 weights
+    of every rank in host memory for the whole job. Elsewhere there is no mallopt, and nothing to do."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-4, 0)) if mallopt else ():
         mallopt(parameter, value)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
 
+def choose_device(name: str, local_rank: int | None) -> torch.device:
+    """The device of this process; "auto" is CUDA, else MPS, else the CPU. On CUDA it becomes the current one.
+
+    local_rank: this process's number on its machine if there are several ranks, each with a GPU of that index.
+    OSError if the device cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            index = device.index or 0  # "cuda" has the index None, which set_device refuses
+            device = torch.device("cuda", index if local_rank is None else local_rank)
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # says why, if it cannot be used
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"device {name} cannot be used here: {reason}") from error
+    return device
+
+
 def start_ranks(device: str = "auto") -> Ranks:
     """Read torchrun's environment, choose this process's device and, with several ranks, join the group."""
-    keep_freed_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-        if place.type == "cuda":
-            place = torch.device("cuda", place.index if world == 1 else int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(place)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise OSError(f"device {device} cannot be used here: {str(error).partition(chr(10))[0]}") from error
+    place = choose_device(device, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
+    if place.type == "cpu":
+        keep_freed_memory()
+    if place.type == "cuda":
+        # cuDNN's attention builds a graph for every new shape, and packed rows hardly ever repeat a shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1:
-        patience = timedelta(hours=6)  # a rank may wait at a barrier while others still generate
+        # Ranks may wait in a collective while one of them still generates: its outputs can be the longest by far.
+        patience = timedelta(hours=1)
         torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=patience)
-        atexit.register(leave_group)  # after the stage, whatever became of it
+        atexit.register(leave_group)  # not after an error, which ends the process at once (data.end_process)
+        # Ctrl-C ends a rank that waits for others, too, where Python could not handle the signal.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     return Ranks(rank, world, place)
 
 
 def leave_group() -> None:
-    """Close the process group, and let its threads run: one that still waits for Python when the interpreter ends
-    (to drop what the last collective held) aborts the process, about one run in twenty on a busy machine."""
+    """Close the process group after success, and let its threads run: one that still waits for Python when the
+    interpreter ends (to drop what the last collective held) aborts the process, about one run in twenty on a busy
+    machine."""
     torch.distributed.destroy_process_group()
     time.sleep(0.5)
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ def load_for_training(cfg, ranks: Ranks) -> tuple[QwenVL, Encoder, torch.dtype]:
         raise InputError(f"--freeze {' '.join(cfg.freeze)}: choose from {', '.join(parts)}")
     for name, part in parts.items():  # the merger is a part of the vision tower, and so comes after it
         part.requires_grad_(name not in cfg.freeze)
+    model.head.requires_grad_("decoder" not in cfg.freeze)  # the embeddings, or a matrix beside the decoder
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     encoder = Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
     return shard(model, ranks, compute), encoder, compute
@@ -167,9 +169,14 @@ class Run:
         states = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
         moments = {n: {k: local(v) for k, v in state.items()} for n, state in states.items()}
         try:
-            torch.save({"step": step, "model": weights, "optimizer": moments}, self._part(partial))
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"{self._part(partial)}: cannot be written ({error})") from error
+            with open(self._part(partial), "wb") as file:
+                torch.save({"step": step, "model": weights, "optimizer": moments}, file)
+        except (OSError, RuntimeError) as error:
+            # When the file refuses a write, torch mostly raises a RuntimeError of its own while it handles that.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise  # an error of the device, for example
+            raise OSError(f"{self._part(partial)}: cannot be written ({cause})") from error
         self.ranks.barrier()
         if self.ranks.rank == 0 and not final.exists():
             os.replace(partial, final)
@@ -222,6 +229,40 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file so that readers see the old one or the new one, never half."""
     path.with_suffix(".partial").write_text(text)
     os.replace(path.with_suffix(".partial"), path)
+
+
+class StopSignal:
+    """A request to stop: SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT).
+
+    The first signal is noted, so that the loop can finish its step, write a checkpoint, and end with the exit
+    code 128 + signal, 143 or 130. The next one ends the process at once. What comes within `repeat` seconds
+    of the first repeats it: a scheduler may signal torchrun and its workers, and torchrun passes a signal on.
+    torchrun kills its workers 30 seconds later: where a step takes longer, it needs a --shutdown-timeout.
+    """
+
+    repeat = 2.0
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.number, self.noted_at = ranks, 0, 0.0
+        self.usual = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame) -> None:
+        if not self.number:
+            self.number, self.noted_at = number, time.monotonic()
+            if self.ranks.rank == 0:  # os.write, as print may be interrupted within itself
+                os.write(2, b"stopping after this step, with a checkpoint; another signal ends at once\n")
+        elif time.monotonic() - self.noted_at > self.repeat:
+            os._exit(128 + number)
+
+    def agreed(self) -> int:
+        """The number of the signal that any rank has received so far, or 0; the same on all ranks, which have to
+        stop after the same step, although their signals arrive at slightly different times."""
+        return int(self.ranks.reduce(self.number, "max"))
+
+    def restore(self) -> None:
+        """From here on a signal does what it did before: nothing is left that has to be finished."""
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
 
 
 def versions() -> dict:
@@ -337,6 +378,7 @@ def main(cfg: Config) -> None:
     steps = range(run.restore(model, optimizer), last)
     on_cpu = ranks.device.type == "cpu"  # where the step itself wants every core
     batches = map(batch, steps) if on_cpu else ahead(batch, steps, workers=1)
+    stop = StopSignal(ranks)
     for step, (rows, too_long) in zip(steps, batches):
         began = time.perf_counter()
         tokens = max(1.0, ranks.reduce(sum(int(r.supervised.sum()) for r in rows)))
@@ -348,8 +390,12 @@ def main(cfg: Config) -> None:
         if validation and (done % cfg.eval_every == 0 or done == last):
             metrics["validation_loss"] = validation_loss(model, encoder, validation, cfg, compute, ranks)
         run.log(done, metrics)
-        if done % cfg.save_every == 0 or done == last:
+        stopped = stop.agreed()
+        if done % cfg.save_every == 0 or done == last or stopped:
             run.checkpoint(done, model, optimizer)
+        if stopped:
+            sys.exit(128 + stopped)
+    stop.restore()
     save(model, cfg.out, cfg.model, compute)
     if ranks.rank == 0:
         encoder.write(cfg.out)
