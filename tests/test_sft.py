@@ -58,7 +58,7 @@ def on_two_ranks(folder: Path, stage: str, configs: list) -> None:
 def metrics(out: str | Path) -> list[dict]:
     """metrics.jsonl without what differs from run to run."""
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if not re.match("seconds|.*_per_second|mfu", k)} for line in lines]
 
 
 def weights(out: str | Path) -> dict[str, torch.Tensor]:
