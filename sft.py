@@ -287,7 +287,8 @@ def model_flops(model: QwenVL, row: Row) -> tuple[float, float]:
     4 FLOPs per layer, hidden unit, and pair of a query with a key that it sees.
 
     Backward, a matrix takes as much again for its own gradient, if it trains, and as much again for
-    that of its input, if it or an earlier part trains. Attention takes twice its forward.
+    that of its input, if it or an earlier part trains (the patches, too, though nothing needs theirs:
+    0.2 % of the tower). Attention takes twice its forward.
 
     Not counted: the vision tower's attention, the embedding, norms, activations, the optimizer, and
     what is computed a second time (checkpointed layers, the chunks of the head).
