@@ -416,6 +416,22 @@ def ahead(make: Callable[[Any], Any], items: Iterable, workers: int | None = Non
             yield ready
 
 
+def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -> tqdm:
+    """A progress bar on stderr, which is removed when it is closed.
+
+    items: what to iterate over; None for a bar that moves by its update(). show: whether this process
+    shows the bar; of several ranks only rank 0 does. Where stderr is not a terminal there is none, so
+    that logs stay short, unless the environment has FORCE_PROGRESS=1.
+    """
+    if not show:
+        disable = True
+    elif os.environ.get("FORCE_PROGRESS") == "1":
+        disable = False
+    else:
+        disable = None  # which to tqdm means: if stderr is not a terminal
+    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=disable)
+
+
 # ---- images
 
 @contextmanager

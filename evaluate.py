@@ -32,10 +32,9 @@ from typing import Literal
 import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
-from tqdm import tqdm
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, from_json, option, read_json,
-                  read_samples, read_text, to_json)
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, from_json, option, progress,
+                  read_json, read_samples, read_text, to_json)
 from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, start_ranks
 from model import sample as generate
 from reward import HARMFUL, UNHARMFUL, parse
@@ -290,7 +289,7 @@ def collect(folder: Path, settings: dict, wanted: list[dict],
     todo = [i for i, key in enumerate(fields) if i % ranks.world == ranks.rank and key not in done]
     name = f"predictions.rank{ranks.rank}.jsonl" if ranks.rank else "predictions.jsonl"
     with open(folder / name, "a", encoding="utf-8") as out:
-        for i, rest in tqdm(make(todo), total=len(todo), unit="sample", disable=True if ranks.rank else None):
+        for i, rest in progress(make(todo), len(todo), "samples", show=ranks.rank == 0):
             out.write(json.dumps(wanted[i] | rest) + "\n")
             out.flush()
     ranks.barrier()
@@ -397,10 +396,14 @@ def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterab
 
 
 def evaluate_samples(model: QwenVL, encoder: Encoder, samples: list[Sample], max_new_tokens: int = 3072,
-                     max_branches: int = 256, odds: bool = False) -> list[dict]:
-    """Greedy predictions for samples, in order: evaluation within training."""
-    found = dict(predict(model, encoder, samples, range(len(samples)), max_new_tokens,
-                         max_branches=max_branches, odds=odds))
+                     max_branches: int = 256, odds: bool = False, show: bool = False) -> list[dict]:
+    """Greedy predictions for samples, in order: evaluation within training.
+
+    show: with a progress bar.
+    """
+    predictions = predict(model, encoder, samples, range(len(samples)), max_new_tokens,
+                          max_branches=max_branches, odds=odds)
+    found = dict(progress(predictions, len(samples), "validation samples", show))
     return [sample_fields("", sample) | found[i] for i, sample in enumerate(samples)]
 
 

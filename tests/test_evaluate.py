@@ -308,6 +308,18 @@ def test_evaluate_resumes_to_the_same_bytes(config, capsys):
         evaluate.main(config)
 
 
+def test_the_bar_is_there_from_the_start_and_never_in_a_log(config, capsys, monkeypatch):
+    evaluate.main(config)
+    assert capsys.readouterr().err == ""  # stderr is no terminal here
+    monkeypatch.setenv("FORCE_PROGRESS", "1")
+    seen = []
+    load = evaluate.load_guard
+    monkeypatch.setattr(evaluate, "load_guard", lambda *args: seen.append(capsys.readouterr().err) or load(*args))
+    evaluate.main(replace(config, fresh=True))
+    assert "0/6 " in seen[0]  # while the model is loaded
+    assert "\n" not in capsys.readouterr().err
+
+
 def test_two_ranks_give_what_one_gives(config, tmp_path):
     evaluate.main(config)
     flags = [part for name in ("model", "instruction", "max_new_tokens", "device")
