@@ -30,8 +30,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, option, pack, read_json,
-                  read_samples, refusing)
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack,
+                  read_json, read_samples, refusing)
 from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, locate, save, shard, start_ranks
 from model import Config as ModelConfig
 
@@ -58,6 +58,7 @@ def freeze(model: QwenVL, names: list[str]) -> None:
         raise InputError(f"--freeze {' '.join(names)}: choose from {', '.join(parts)}")
     for name, part in parts.items():  # the merger is a part of the vision tower, and so comes after it
         part.requires_grad_(name not in names)
+    model.head.requires_grad_("decoder" not in names)  # the embeddings, or a matrix beside the decoder
 
 
 def outline(path: str) -> QwenVL:
@@ -295,6 +296,12 @@ class Config:
     min_pixels: int | None = option(None, "smallest image area; default: the checkpoint's")
     max_pixels: int | None = option(768 * 768, "largest image area; the release trained at 768 x 768")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping")
+
+    @property
+    def to_save_memory(self) -> str:
+        """What to try when memory runs out. A row holds at least the longest sample."""
+        shorter = halved("--pack-tokens", self.pack_tokens, self.max_tokens)
+        return f"{shorter or halved('--max-tokens', self.max_tokens)}, or more ranks (torchrun --nproc-per-node)"
 
 
 def cosine(step: int, total: int, warmup: int, peak: float) -> float:

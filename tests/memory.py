@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import wraps
 from pathlib import Path
 from unittest import mock
 
@@ -68,6 +68,20 @@ MODELS = {
     "3B": published(36, 2048, 11008, 16, 2, 151936, True),
     "7B": published(28, 3584, 18944, 28, 4, 152064, False),
 }
+
+
+def remembered(function: Callable) -> Callable:
+    """The function, called once for arguments of the same repr: a fake run takes seconds, and cells share them."""
+    results = {}
+
+    @wraps(function)
+    def call(*args):
+        key = repr(args)
+        if key not in results:
+            results[key] = function(*args)
+        return results[key]
+
+    return call
 
 
 # ------------------------------------------------------------------------------------------------ counting bytes
@@ -222,7 +236,7 @@ TRAINING = {"sft": (Traffic.sft_row, sft_loss), "grpo": (Traffic.grpo_row, grpo_
 def build(config: qwen.Config, cfg, dtype: torch.dtype = torch.float32, device: str = "cpu") -> qwen.QwenVL:
     """The model as load_for_training leaves it: what is frozen, and whether activations are recomputed."""
     model = weights(config, dtype, device)
-    sft.freeze(model, list(cfg.freeze))
+    sft.freeze(model, cfg.freeze)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     return model
 
@@ -238,7 +252,7 @@ def weights(config: qwen.Config, dtype: torch.dtype, device: str = "cpu") -> qwe
         torch.set_default_dtype(usual)
 
 
-@cache
+@remembered
 def whole_update(stage: str, config: qwen.Config, cfg, traffic: Traffic, compute: torch.dtype) -> dict[str, int]:
     """Bytes of a step of one rank from its second row on, when all gradients and moments are there."""
     row_of, loss_of = TRAINING[stage]
@@ -261,7 +275,7 @@ def whole_update(stage: str, config: qwen.Config, cfg, traffic: Traffic, compute
         return {"resident": resident, "work": ledger.peak - resident}
 
 
-@cache
+@remembered
 def sharded_row(stage: str, config: qwen.Config, cfg, traffic: Traffic, compute: torch.dtype) -> int:
     """Bytes that forward and backward of one row take beside the weights, in the compute type of sharded blocks:
     activations, the head, the gradients of the root group and of one block at a time."""
@@ -321,7 +335,6 @@ def optimizer_bytes(model: qwen.QwenVL, gradients: bool = True) -> int:
 
 def update(stage: str, config: qwen.Config, cfg, traffic: Traffic, world: int, compute=torch.bfloat16) -> dict:
     """Bytes of an optimizer step on each of `world` ranks: resident (weights, gradients, moments) and work."""
-    cfg = replace(cfg, data=(), validation=(), freeze=tuple(cfg.freeze))  # hashable, for the caches
     if world > 1:
         return sharded_update(stage, config, cfg, traffic, compute, world)
     return whole_update(stage, config, cfg, traffic, compute)
@@ -336,7 +349,7 @@ def cache_bytes(config: qwen.Config, prompts: int, longest: int, branches: int, 
     return token * (prompts * longest + branches * new)
 
 
-@cache
+@remembered
 def sampling_work(config: qwen.Config, traffic: Traffic, branches: int, n: int, temperature: float, top_p: float,
                   dtype: torch.dtype, new: int = 2) -> int:
     """Bytes that sampling takes beside weights and caches: a full prefill and the odds of all branches.
