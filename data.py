@@ -83,6 +83,21 @@ def refusing(what: str, *kinds: type[Exception]) -> Iterator[None]:
         raise InputError(f"{what}: {str(error) or repr(error)}") from error
 
 
+@contextmanager
+def saving_memory(advice: str) -> Iterator[None]:
+    """Make an out-of-memory error of the device, in the block, an InputError that says what to try instead."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(" If reserved")[0]  # where torch turns to its own settings
+        raise InputError(f"out of memory: try {advice} ({reason})") from error
+
+
+def halved(flag: str, value: int, least: int = 1) -> str:
+    """The advice to give a flag half of its value, or `least` if that is more; "" where it is no more than that."""
+    return f"{flag} {max(value // 2, least)} (now {value})" if value > least else ""
+
+
 # ---- command line
 
 def option(default: Any = MISSING, help: str = "") -> Any:
@@ -179,7 +194,9 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
         values = vars(parser.parse_args())
         if isinstance(config, dict):
             config, main = config[values.pop("command")]
-        main(config(**values))  # flags that were not given are left to the dataclass
+        cfg = config(**values)  # flags that were not given are left to the dataclass
+        with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
+            main(cfg)
     except (InputError, OSError, *errors) as error:
         rank = f"rank {torch.distributed.get_rank()}: " if torch.distributed.is_initialized() else ""
         end_process(2, f"error: {rank}{' '.join(str(error).split())}\n")

@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, from_json, option, progress,
-                  read_json, read_samples, read_text, to_json)
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, from_json, halved, option,
+                  read_json, read_samples, read_text, saving_memory,
+                  to_json)
 from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, start_ranks
 from model import sample as generate
 from reward import HARMFUL, UNHARMFUL, parse
@@ -67,6 +68,16 @@ class Config:
     min_pixels: int | None = option(None, "smallest picture area; default: the checkpoint's")
     max_pixels: int | None = option(None, "largest picture area; default: the checkpoint's")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping at the first")
+
+    @property
+    def to_save_memory(self) -> str:
+        return fewer_or_smaller(self.max_branches, 1, self.max_pixels)
+
+
+def fewer_or_smaller(branches: int, least: int, pixels: int | None) -> str:
+    """What to try when memory runs out while sampling, at least `least` outputs at once."""
+    smaller = halved("--max-pixels", pixels) if pixels else "--max-pixels 589824 (now the checkpoint's)"
+    return " or ".join(filter(None, (halved("--max-branches", branches, least), smaller)))
 
 
 # -------------------------------------------------- scoring: predictions -> numbers
@@ -309,8 +320,9 @@ def collect(folder: Path, settings: dict, wanted: list[dict],
 
 def load_guard(cfg, device: torch.device) -> tuple[QwenVL, Encoder]:
     """The model in the dtype of cfg.dtype on the device, and its encoder."""
-    return (load(cfg.model, device, choose_dtype(cfg.dtype, device)),
-            Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels))
+    with saving_memory("a larger card: the weights alone do not fit"):
+        model = load(cfg.model, device, choose_dtype(cfg.dtype, device))
+    return model, Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
 
 
 @dataclass(frozen=True)

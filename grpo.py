@@ -26,8 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, option, pack, progress,
-                  read_samples)
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack, progress,
+                  read_samples, saving_memory)
 from evaluate import compute_metrics, evaluate_samples
 from model import CheckpointError, Completion, QwenVL, Ranks, replica, sample, save, start_ranks
 from reward import FLOOR, Reward, score
@@ -79,6 +79,18 @@ class Config:
     min_pixels: int | None = option(None, "smallest image area; default: as in SFT (the release: 262144)")
     max_pixels: int | None = option(None, "largest image area; default: as in SFT (the release: 4194304)")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping")
+
+    @property
+    def to_save_memory(self) -> str:
+        """What to try when memory runs out in the update. A row holds at least a prompt and a completion."""
+        shorter = halved("--pack-tokens", self.pack_tokens, self.max_prompt_tokens + self.max_new_tokens)
+        return f"{shorter or halved('--max-new-tokens', self.max_new_tokens)}, or more ranks"
+
+    @property
+    def to_save_rollout_memory(self) -> str:
+        """What to try when memory runs out while sampling. The completions of one prompt run together."""
+        fewer = halved("--max-branches", self.max_branches, self.group)
+        return f"{fewer or halved('--max-new-tokens', self.max_new_tokens)}, or more ranks"
 
     @property
     def beta(self) -> float:
@@ -253,11 +265,20 @@ def write_rollouts(run: Run, groups: list[Group], step: int, clip: float) -> Non
             file.writelines(line for _, line in lines)
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give back what the allocator keeps of freed memory: sampling and updates need blocks of other sizes, and the
+    sampler sizes its caches by what is free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def held_out(policy: QwenVL, encoder: Encoder, samples: list[Sample], cfg: Config, ranks: Ranks) -> dict:
     """Greedy F1 and lengths on the validation samples, sharded over the ranks."""
     mine = samples[ranks.rank :: ranks.world]
     limits = cfg.max_new_tokens, cfg.max_branches
-    found = ranks.gather(evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0))
+    with saving_memory(cfg.to_save_rollout_memory):
+        found = evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0)
+    found = ranks.gather(found)
     return {f"val_{name}": value for name, value in compute_metrics(found).items()}
 
 
@@ -342,12 +363,15 @@ def main(cfg: Config) -> None:
         indices = stream(len(samples), (step - 1) * cfg.rollout_batch, cfg.rollout_batch, cfg.seed)
         prompts = {i: samples[indices[i]] for i in range(ranks.rank, cfg.rollout_batch, ranks.world)}
         policy = replica(model, compute, policy)
-        # Completions, rewards, advantages: Eq. (7) to (10)
-        groups = roll_out(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
+        with saving_memory(cfg.to_save_rollout_memory):  # completions, rewards, advantages: Eq. (7) to (10)
+            groups = roll_out(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
         sampled = time.perf_counter()
         slowest = ranks.reduce(sampled - began, "max")
         clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)  # B_s, Eq. (7)
+        policy = None  # what it takes is the update's; the next rollout makes it again
+        empty_cache(ranks.device)
         metrics = optimise(model, optimizer, groups, encoder, cfg, clip, compute, ranks)  # Eq. (6)
+        empty_cache(ranks.device)
         updated = time.perf_counter()
         metrics = rollout_metrics(groups, ranks) | metrics
         metrics |= {"clip": clip, "lr": cfg.lr}

@@ -32,9 +32,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, option, pack, progress,
-                  read_json, read_samples)
-from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, save, shard, start_ranks
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack, progress,
+                  read_json, read_samples, refusing)
+from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, locate, save, shard, start_ranks
+from model import Config as ModelConfig
 
 # ---------------------------------------------------------------------- shared plumbing
 
@@ -42,23 +43,53 @@ from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, save, shar
 def load_for_training(cfg, ranks: Ranks) -> tuple[QwenVL, Encoder, torch.dtype]:
     """The model with float32 master weights, sharded over the ranks, the encoder, and the compute dtype."""
     compute = choose_dtype(cfg.dtype, ranks.device)
+    if ranks.device.type == "cuda":
+        card = torch.cuda.get_device_properties(ranks.device).total_memory
+        check_fits(outline(cfg.model), cfg.freeze, ranks.world, card)
     model = load(cfg.model)
-    parts = {"vision": model.visual, "merger": model.visual.merger, "decoder": model.model}
-    if not set(cfg.freeze) <= parts.keys():
-        raise InputError(f"--freeze {' '.join(cfg.freeze)}: choose from {', '.join(parts)}")
-    for name, part in parts.items():  # the merger is a part of the vision tower, and so comes after it
-        part.requires_grad_(name not in cfg.freeze)
-    model.head.requires_grad_("decoder" not in cfg.freeze)  # the embeddings, or a matrix beside the decoder
+    freeze(model, cfg.freeze)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     encoder = Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
     return shard(model, ranks, compute), encoder, compute
+
+
+def freeze(model: QwenVL, names: list[str]) -> None:
+    """Let all parts train but those of --freeze."""
+    parts = {"vision": model.visual, "merger": model.visual.merger, "decoder": model.model}
+    if not set(names) <= parts.keys():
+        raise InputError(f"--freeze {' '.join(names)}: choose from {', '.join(parts)}")
+    for name, part in parts.items():  # the merger is a part of the vision tower, and so comes after it
+        part.requires_grad_(name not in names)
+    model.head.requires_grad_("decoder" not in names)  # the embeddings, or a matrix beside the decoder
+
+
+def outline(path: str) -> QwenVL:
+    """The model of a checkpoint without its weights: shapes only, on the meta device."""
+    file = locate(path) / "config.json"
+    with refusing(str(file), ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+        with torch.device("meta"):
+            return QwenVL(ModelConfig.from_json(read_json(file)))
+
+
+def check_fits(model: QwenVL, frozen: list[str], world: int, card: int) -> None:
+    """InputError if not even what the weights need fits in `card` bytes on each of `world` ranks: 16 bytes for a
+    parameter that trains (float32 weight, gradient, two moments), 4 for a frozen one. Activations come on top."""
+    freeze(model, frozen)
+    needed = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / world
+    if needed > card:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        raise InputError(
+            f"training {trained:.3g} parameters on {world} rank{'s' * (world > 1)} needs at least "
+            f"{needed / 2**30:.0f} GiB a card for float32 weights, gradients and moments, the card has "
+            f"{card / 2**30:.0f}: use more ranks (torchrun --nproc-per-node), or --freeze"
+        )
 
 
 def compute_in(dtype: torch.dtype, model: QwenVL):
     """Context in which a whole model with float32 weights computes in `dtype` (sharded ones do it themselves)."""
     if dtype == torch.float32 or model.sharded:
         return nullcontext()
-    return torch.autocast(model.head.device.type, dtype)
+    return torch.autocast(model.head.device.type, dtype, cache_enabled=False)
 
 
 def make_optimizer(model: QwenVL, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -437,6 +468,12 @@ class Config:
     min_pixels: int | None = option(None, "smallest image area; default: the checkpoint's")
     max_pixels: int | None = option(768 * 768, "largest image area; the release trained at 768 x 768")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping")
+
+    @property
+    def to_save_memory(self) -> str:
+        """What to try when memory runs out. A row holds at least the longest sample."""
+        shorter = halved("--pack-tokens", self.pack_tokens, self.max_tokens)
+        return f"{shorter or halved('--max-tokens', self.max_tokens)}, or more ranks (torchrun --nproc-per-node)"
 
 
 def cosine(step: int, total: int, warmup: int, peak: float) -> float:
