@@ -34,8 +34,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, from_json, halved, option,
-                  read_json, read_samples, read_text, saving_memory,
-                  to_json)
+                  progress, read_json, read_samples, read_text, saving_memory, to_json)
 from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, start_ranks
 from model import sample as generate
 from reward import HARMFUL, UNHARMFUL, parse

@@ -296,8 +296,8 @@ whole, stopped = [sft.Config(**fields) for fields in json.loads(sys.argv[1])]
 sft.main(whole)
 log = sft.Run.log
 
-def log_and_signal(self, step, metrics):
-    log(self, step, metrics)
+def log_and_signal(self, *arguments):
+    log(self, *arguments)
     if self.ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
 
