@@ -339,6 +339,18 @@ class Operators(TorchDispatchMode):
         return compute(operator, args, kwargs or {})
 
 
+def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """tensor.data = data, also where that moves the tensor to the device, or from it."""
+    if is_pretend(tensor) and is_pretend(data):
+        tensor.held = data.held
+        torch.Tensor.data.__set__(tensor, data)
+        return
+    moved = data.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        moved = torch.nn.Parameter(moved)
+    torch.utils.swap_tensors(tensor, moved.requires_grad_(tensor.requires_grad))
+
+
 ONE_KERNEL = {F.rms_norm: "rms_norm", torch.rms_norm: "rms_norm",
               F.scaled_dot_product_attention: "scaled_dot_product_attention"}
 
@@ -358,9 +370,8 @@ class Functions(TorchFunctionMode):
             if isinstance(value, (bool, int, float)):
                 value = torch.tensor(value, dtype=target.dtype)
             return function(target, index, value)
-        if function == torch.Tensor.data.__set__ and is_pretend(args[0]):
-            args[0].held = args[1].held
-            return function(*args)
+        if function == torch.Tensor.data.__set__ and any(map(is_pretend, args)):
+            return set_data(*args)
         if function not in ONE_KERNEL or not any(map(is_pretend, flat(args, kwargs))):
             return function(*args, **kwargs)
         note("launches", ONE_KERNEL[function])

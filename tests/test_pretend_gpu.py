@@ -26,11 +26,11 @@ import pytest
 
 # What things may cost, as measured. To be lowered when the code gets better.
 # One decode step of four branches of one prompt: launches in each layer, and beside the layers.
-DECODING = {"float32": (51, 54), "bfloat16": (64, 57)}
-DECODING_WAITS = 9
+DECODING = {"float32": (63, 41), "bfloat16": (29, 42)}
+DECODING_WAITS = 1
 # The forward pass of a row of one prompt and six completions that all differ in length.
-FORWARD = {"float32": (49, 59), "bfloat16": (57, 62)}
-FORWARD_WAITS = 14
+FORWARD = {"float32": (37, 57), "bfloat16": (22, 47)}
+FORWARD_WAITS = 16
 
 HERE = Path(__file__).resolve()
 CHECKS: dict[str, Callable] = {}  # what the process runs, by name
@@ -66,12 +66,11 @@ def found(process):
     return get
 
 
-def assert_close(first: dict, second: dict, but: tuple[str, ...] = ()) -> None:
-    """Equal names and numbers; `but`: how names begin whose numbers may differ."""
+def assert_close(first: dict, second: dict) -> None:
+    """Equal names, and numbers that are equal to five digits."""
     assert first.keys() == second.keys()
     for name in first:
-        if not name.startswith(but):
-            assert first[name] == pytest.approx(second[name], rel=1e-5, abs=1e-5), name
+        assert first[name] == pytest.approx(second[name], rel=1e-5, abs=1e-5), name
 
 
 def test_the_pretend_gpu_refuses_what_cuda_refuses(found):
@@ -105,7 +104,9 @@ def test_autocast_casts_as_on_cuda(found):
 
 
 def test_what_changes_a_tensor_behind_its_back_is_seen(found):
-    assert found("conversions") == {"to bfloat16": "bfloat16", "assigned data": 0.0, "copied": True}
+    assert found("conversions") == {
+        "to bfloat16": "bfloat16", "assigned data": 0.0, "copied": True, "moved": "pretend:0",
+        "still trains": True}
 
 
 def test_gradients_are_those_of_the_cpu_with_and_without_checkpointing(found):
@@ -122,7 +123,7 @@ def test_sft_is_that_of_the_cpu_resumed_and_saved(found):
     stage = found("sft_stage")
     assert len(stage["cpu"]) == 2
     for cpu, pretend in zip(stage["cpu"], stage["pretend"], strict=True):
-        assert_close(pretend, cpu, but=("seconds",))
+        assert_close(pretend, cpu)
     assert stage["weights"] < 1e-5 and stage["type"] == "torch.float32"
 
 
@@ -140,8 +141,7 @@ def test_grpo_is_that_of_the_cpu_resumed_and_saved(found):
     stage = found("grpo_stage")
     assert len(stage["cpu"]) == 3  # before the first step, and two steps
     for cpu, pretend in zip(stage["cpu"], stage["pretend"], strict=True):
-        assert_close(pretend, cpu, but=("seconds", "gap"))
-        assert pretend.get("gap_max", 0) < 1e-5
+        assert_close(pretend, cpu)
     assert stage["same rollouts"]
     assert any(line.get("grad_norm") for line in stage["cpu"])
 
@@ -204,6 +204,7 @@ if __name__ == "__main__":
     import sft
     import toy
     from data import Encoder, read_samples, write_samples
+    from test_sft import metrics
 
     torch.set_num_threads(1)
 
@@ -375,7 +376,10 @@ def conversions(folder: Path) -> dict:
     same = torch.equal(twin, layer.weight.cpu())
     dtype = name_of(layer(there(2, 4).bfloat16()).dtype)
     layer.weight.data = torch.zeros(4, 4, device="pretend", dtype=torch.bfloat16)
-    return {"to bfloat16": dtype, "assigned data": layer.weight.sum().item(), "copied": same}
+    moved = torch.nn.Linear(4, 4)
+    moved.weight.data = moved.weight.data.to("pretend")
+    return {"to bfloat16": dtype, "assigned data": layer.weight.sum().item(), "copied": same,
+            "moved": str(moved.weight.device), "still trains": moved.weight.requires_grad}
 
 
 def saved(tensor) -> bytes:
@@ -474,7 +478,7 @@ def sft_stage(folder: Path) -> dict:
         for steps in (1, 2):  # the second run goes on from the checkpoint of the first
             sft.main(config(sft, folder, f"sft-{device}", device, batch_size=3, epochs=4,
                             steps=steps, validation=[str(folder / "mixed.jsonl")]))
-        found[device] = lines(folder / f"sft-{device}" / "metrics.jsonl")
+        found[device] = metrics(folder / f"sft-{device}")
         weights.append(load_file(folder / f"sft-{device}" / "model.safetensors"))
     cpu, pretend = weights
     apart = torch.cat([(cpu[name] - pretend[name]).abs().flatten() for name in cpu])
@@ -525,7 +529,7 @@ def grpo_stage(folder: Path) -> dict:
             grpo.main(config(grpo, folder, out.name, device, data="train", rollout_batch=4,
                              update_batch=2, group=3, max_new_tokens=24, floor=0.1, steps=steps,
                              eval_every=2, validation=[str(folder / "mixed.jsonl")]))
-        found[device] = lines(out / "metrics.jsonl")
+        found[device] = metrics(out)
         groups = lines(out / "rollouts.jsonl")
         drawn[device] = [[one["output"] for one in group["outputs"]] for group in groups]
     return {**found, "same rollouts": drawn["cpu"] == drawn["pretend"]}
@@ -632,7 +636,7 @@ def forward_pass(folder: Path) -> dict:
     def measure(net, prompt) -> "pretend_gpu.Tally":
         row = prompt.extend([list(range(5, 7 + i)) for i in range(6)])
         with pretend_gpu.counting() as tally, torch.no_grad():
-            net(row.to("pretend"))
+            sft.nll(net, row, torch.float32)  # that is, in the type of the weights: no autocast
         return tally
 
     return cost_of(measure, folder)
