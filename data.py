@@ -20,8 +20,11 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
+import time
+import traceback
 import typing
 import unicodedata
 import zlib
@@ -34,7 +37,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
@@ -141,10 +144,44 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         parser.add_argument("--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
 
 
+def end_process(code: int, message: str) -> NoReturn:
+    """Print a message on stderr, and end with an exit code.
+
+    One of several ranks ends at once and leaves its process group open, since closing it can wait for ranks
+    that wait for this one. torchrun then ends the others: SIGTERM, and after 30 seconds SIGKILL.
+    """
+    print(message, end="", file=sys.stderr)
+    if not torch.distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def fail_rank(error: Exception) -> NoReturn:
+    """End one of several ranks after an unexpected exception: with its traceback and status 1.
+
+    A rank that has lost its connection to another one, which failed or was killed, prints a single line instead,
+    so that the message of the other one is found. It ends a little later, since torchrun's report names the
+    rank that ended first as the cause.
+    """
+    rank, message = torch.distributed.get_rank(), str(error)
+    lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
+    lost_in_nccl = "ncclRemoteError" in message
+    lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
+    if not (lost_in_gloo or lost_in_nccl or lost_the_store):
+        end_process(1, f"rank {rank}:\n{traceback.format_exc()}")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends soon: there is no step to finish
+    print(f"error: rank {rank}: another rank has ended; its message says why", file=sys.stderr, flush=True)
+    time.sleep(2)
+    end_process(1, "")
+
+
 def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None = None,
         errors: tuple[type[Exception], ...] = ()) -> None:
     """Flags from a config dataclass, or from {subcommand: (dataclass, function)}; then run the function.
-    InputError, OSError and `errors` give one line on stderr and status 2, like wrong flags; Ctrl-C 130."""
+    InputError, OSError and `errors` give one line on stderr and status 2, like wrong flags; Ctrl-C 130. With
+    several ranks the line names the rank, and every error ends the process at once (end_process)."""
     how = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = Parser(description=sys.modules["__main__"].__doc__, **how)
     if isinstance(config, dict):
@@ -161,10 +198,14 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
         with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
             main(cfg)
     except (InputError, OSError, *errors) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        rank = f"rank {torch.distributed.get_rank()}: " if torch.distributed.is_initialized() else ""
+        end_process(2, f"error: {rank}{' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        end_process(130, "")
+    except Exception as error:
+        if not torch.distributed.is_initialized():
+            raise
+        fail_rank(error)
 
 
 # ---- samples
@@ -390,6 +431,22 @@ def ahead(make: Callable[[Any], Any], items: Iterable, workers: int | None = Non
             ready = coming.popleft().result()
             coming.extend(pool.submit(make, item) for item in islice(items, 1))
             yield ready
+
+
+def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -> tqdm:
+    """A progress bar on stderr, which is removed when it is closed.
+
+    items: what to iterate over; None for a bar that moves by its update(). show: whether this process
+    shows the bar; of several ranks only rank 0 does. Where stderr is not a terminal there is none, so
+    that logs stay short, unless the environment has FORCE_PROGRESS=1.
+    """
+    if not show:
+        disable = True
+    elif os.environ.get("FORCE_PROGRESS") == "1":
+        disable = False
+    else:
+        disable = None  # which to tqdm means: if stderr is not a terminal
+    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=disable)
 
 
 # ---- images

@@ -17,6 +17,7 @@ means of micro-batches); the clip range really decays (in the release it never r
 
 import json
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +26,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack, read_samples,
-                  saving_memory)
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack, progress,
+                  read_samples, saving_memory)
 from evaluate import compute_metrics, evaluate_samples
 from model import CheckpointError, Completion, QwenVL, Ranks, replica, sample, save, start_ranks
 from reward import FLOOR, Reward, score
-from sft import Run, compute_in, in_step, load_for_training, make_optimizer, stream, update
+from sft import (Run, StopSignal, compute_in, in_step, load_for_training, make_optimizer, stream, training_speed,
+                 update)
+
+# The metrics on the screen.
+SHOWN = (
+    "reward request_right response_right format tokens truncated entropy kl clip grad_norm"
+    " sampled_tokens_per_second trained_tokens_per_second mfu seconds_rollout seconds_update"
+    " val_f1 val_f1_prompt val_f1_response"
+)
 
 
 @dataclass(frozen=True)
@@ -153,10 +162,21 @@ def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tu
     return loss, metrics
 
 
-def roll_out(policy: QwenVL, encoder: Encoder, prompts: dict[int, Sample], cfg: Config, step: int) -> list[Group]:
-    """Sample G completions of each {position: sample}, score them, and centre the rewards within each group."""
+def roll_out(
+    policy: QwenVL,
+    encoder: Encoder,
+    prompts: dict[int, Sample],
+    cfg: Config,
+    step: int,
+    show: bool = False,
+) -> list[Group]:
+    """Sample G completions of each {position: sample}, score them, and centre the rewards within each group.
+
+    show: with a progress bar, which moves by G completions when the last of a prompt is finished.
+    """
     rows = dict(zip(prompts, ahead(encoder.prompt, prompts.values())))
     count, groups = encoder.count if cfg.length_unit == "tokens" else len, []
+    bar = progress(None, len(prompts) * cfg.group, "completions", show)
     for position, completions in sample(
         policy, rows.items(), cfg.group, cfg.max_new_tokens, cfg.temperature, cfg.top_p,
         stop_ids=encoder.stop_ids, banned=encoder.banned_ids, seed=cfg.seed * 1_000_003 + step,
@@ -167,6 +187,8 @@ def roll_out(policy: QwenVL, encoder: Encoder, prompts: dict[int, Sample], cfg: 
         rewards = [score(output, *terms) for output in outputs]
         advantages = advantages_of([r.total for r in rewards])
         groups.append(Group(position, s, rows[position], completions, outputs, rewards, advantages))
+        bar.update(cfg.group)
+    bar.close()
     return sorted(groups, key=lambda g: g.position)
 
 
@@ -253,8 +275,9 @@ def empty_cache(device: torch.device) -> None:
 def held_out(policy: QwenVL, encoder: Encoder, samples: list[Sample], cfg: Config, ranks: Ranks) -> dict:
     """Greedy F1 and lengths on the validation samples, sharded over the ranks."""
     mine = samples[ranks.rank :: ranks.world]
+    limits = cfg.max_new_tokens, cfg.max_branches
     with saving_memory(cfg.to_save_rollout_memory):
-        found = evaluate_samples(policy, encoder, mine, cfg.max_new_tokens, cfg.max_branches)
+        found = evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0)
     found = ranks.gather(found)
     return {f"val_{name}": value for name, value in compute_metrics(found).items()}
 
@@ -281,6 +304,7 @@ def optimise(model, optimizer, groups: list[Group], encoder, cfg: Config, clip: 
     starts = range(0, cfg.rollout_batch, cfg.update_batch)
     minis = [[g for g in groups if s <= g.position < s + cfg.update_batch] for s in starts]
     sizes = [ranks.reduce(sum(len(c.ids) for g in mini for c in g.completions)) for mini in minis]
+    began = time.perf_counter()
     minis = [with_old_logprobs(model, batches_of(mini, cfg), encoder, cfg, compute, ranks) for mini in minis]
     gaps = torch.cat([(b.old - b.sampled).abs() for mini in minis for b in mini])
     sums, history = Counter(), []
@@ -296,6 +320,8 @@ def optimise(model, optimizer, groups: list[Group], encoder, cfg: Config, clip: 
 
     for mini, tokens in zip(minis, sizes):
         history.append(update(optimizer, mini, loss_of, tokens, cfg.lr, cfg.max_norm, ranks))
+    rows = [batch.row for mini in minis for batch in mini]
+    speed = training_speed(model, rows, time.perf_counter() - began, ranks, forwards=1)
     trained = max(1.0, ranks.reduce(sums["tokens"]))
     return {
         "loss": sum(h["loss"] for h in history) / len(history),
@@ -304,6 +330,7 @@ def optimise(model, optimizer, groups: list[Group], encoder, cfg: Config, clip: 
         **{name: ranks.reduce(sums[name]) / trained for name in ("entropy", "kl", "clipped_high", "clipped_low")},
         "gap_mean": ranks.reduce(gaps.sum().item()) / ranks.reduce(len(gaps)),
         "gap_max": ranks.reduce(gaps.max().item(), "max"),
+        **speed,
     }
 
 
@@ -328,16 +355,18 @@ def main(cfg: Config) -> None:
     done = run.restore(model, optimizer)
     if validation and not done:
         policy = replica(model, compute, policy)
-        run.log(0, held_out(policy, encoder, validation, cfg, ranks))
+        run.log(0, held_out(policy, encoder, validation, cfg, ranks), SHOWN, last)
 
+    stop = StopSignal(ranks)
     for step in range(done + 1, last + 1):
         began = time.perf_counter()
         indices = stream(len(samples), (step - 1) * cfg.rollout_batch, cfg.rollout_batch, cfg.seed)
         prompts = {i: samples[indices[i]] for i in range(ranks.rank, cfg.rollout_batch, ranks.world)}
         policy = replica(model, compute, policy)
         with saving_memory(cfg.to_save_rollout_memory):  # completions, rewards, advantages: Eq. (7) to (10)
-            groups = roll_out(policy, encoder, prompts, cfg, step)
+            groups = roll_out(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
         sampled = time.perf_counter()
+        slowest = ranks.reduce(sampled - began, "max")
         clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)  # B_s, Eq. (7)
         policy = None  # what it takes is the update's; the next rollout makes it again
         empty_cache(ranks.device)
@@ -346,14 +375,20 @@ def main(cfg: Config) -> None:
         updated = time.perf_counter()
         metrics = rollout_metrics(groups, ranks) | metrics
         metrics |= {"clip": clip, "lr": cfg.lr}
+        sampled_tokens = metrics["tokens"] * cfg.rollout_batch * cfg.group
+        metrics["sampled_tokens_per_second"] = sampled_tokens / slowest
         metrics |= {"seconds_rollout": sampled - began, "seconds_update": updated - sampled}
         if validation and (step % cfg.eval_every == 0 or step == last):
             policy = replica(model, compute, policy)
             metrics |= held_out(policy, encoder, validation, cfg, ranks)
         write_rollouts(run, groups, step, clip)
-        run.log(step, metrics)
-        if step % cfg.save_every == 0 or step == last:
+        run.log(step, metrics, SHOWN, last)
+        stopped = stop.agreed()
+        if step % cfg.save_every == 0 or step == last or stopped:
             run.checkpoint(step, model, optimizer)
+        if stopped:
+            sys.exit(128 + stopped)
+    stop.restore()
     save(model, cfg.out, cfg.model, compute)
     if ranks.rank == 0:
         encoder.write(cfg.out)
