@@ -509,7 +509,7 @@ def packed_rows(samples: list[Sample], encoder: Encoder, cfg: Config) -> tuple[l
 def nll(model: QwenVL, row: Row, compute: torch.dtype) -> Tensor:
     """The loss of a row, Eq. (3), summed over its target tokens: - sum of log P(R, Y given Q, X, S)."""
     with compute_in(compute, model):
-        logprobs, _ = model(row.to(model.head.device))
+        logprobs, _ = model(row)
     return -logprobs.sum()
 
 

@@ -338,7 +338,9 @@ def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(config, tmp_
 
 @pytest.mark.parametrize("stage, number, status", [
     (evaluate, signal.SIGTERM, -signal.SIGTERM), (augment, signal.SIGINT, 130)])  # a shell says 143 for the first
-def test_a_signal_ends_evaluate_and_augment_at_once(world, tmp_path, stage, number, status):
+def test_a_signal_ends_evaluate_and_augment_at_once(world, tmp_path, stage, number, status, monkeypatch):
+    monkeypatch.setattr(evaluate, "PACK_TOKENS", 1)  # no output waits for others
+
     def config(name):
         out = {evaluate: tmp_path / name, augment: tmp_path / name / "rl.jsonl"}[stage]
         return stage.Config(model=str(world / "base"), data=[str(world / "train.jsonl")], out=str(out),
