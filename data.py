@@ -83,6 +83,21 @@ def refusing(what: str, *kinds: type[Exception]) -> Iterator[None]:
         raise InputError(f"{what}: {str(error) or repr(error)}") from error
 
 
+@contextmanager
+def saving_memory(advice: str) -> Iterator[None]:
+    """Make an out-of-memory error of the device, in the block, an InputError that says what to try instead."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(" If reserved")[0]  # where torch turns to its own settings
+        raise InputError(f"out of memory: try {advice} ({reason})") from error
+
+
+def halved(flag: str, value: int, least: int = 1) -> str:
+    """The advice to give a flag half of its value, or `least` if that is more; "" where it is no more than that."""
+    return f"{flag} {max(value // 2, least)} (now {value})" if value > least else ""
+
+
 # ---- command line
 
 def option(default: Any = MISSING, help: str = "") -> Any:
@@ -181,7 +196,9 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
         values = vars(parser.parse_args())
         if isinstance(config, dict):
             config, main = config[values.pop("command")]
-        main(config(**values))  # flags that were not given are left to the dataclass
+        cfg = config(**values)  # flags that were not given are left to the dataclass
+        with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
+            main(cfg)
     except (InputError, OSError, *errors) as error:
         message = " ".join(str(error).split())
         if torch.distributed.is_initialized():
@@ -418,6 +435,22 @@ def ahead(make: Callable[[Any], Any], items: Iterable, workers: int | None = Non
             ready = coming.popleft().result()
             coming.extend(pool.submit(make, item) for item in islice(items, 1))
             yield ready
+
+
+def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -> tqdm:
+    """A progress bar on stderr, which is removed when it is closed.
+
+    items: what to iterate over; None for a bar that moves by its update(). show: whether this process
+    shows the bar; of several ranks only rank 0 does. Where stderr is not a terminal there is none, so
+    that logs stay short, unless the environment has FORCE_PROGRESS=1.
+    """
+    if not show:
+        disable = True
+    elif os.environ.get("FORCE_PROGRESS") == "1":
+        disable = False
+    else:
+        disable = None  # which to tqdm means: if stderr is not a terminal
+    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=disable)
 
 
 # ---- images

@@ -26,11 +26,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import Encoder, InputError, Row, Sample, ahead, check_inputs, cli, option, pack, read_samples
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack, progress,
+                  read_samples, saving_memory)
 from evaluate import compute_metrics, evaluate_samples
 from model import CheckpointError, Completion, QwenVL, Ranks, replica, sample, save, start_ranks
 from reward import FLOOR, Reward, score
-from sft import Run, StopSignal, compute_in, in_step, load_for_training, make_optimizer, stream, update
+from sft import (Run, StopSignal, compute_in, in_step, load_for_training, make_optimizer, stream, training_speed,
+                 update)
+
+# The metrics on the screen.
+SHOWN = (
+    "reward request_right response_right format tokens truncated entropy kl clip grad_norm"
+    " sampled_tokens_per_second trained_tokens_per_second mfu seconds_rollout seconds_update"
+    " val_f1 val_f1_prompt val_f1_response"
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,18 @@ class Config:
     min_pixels: int | None = option(None, "smallest image area; default: as in SFT (the release: 262144)")
     max_pixels: int | None = option(None, "largest image area; default: as in SFT (the release: 4194304)")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping")
+
+    @property
+    def to_save_memory(self) -> str:
+        """What to try when memory runs out in the update. A row holds at least a prompt and a completion."""
+        shorter = halved("--pack-tokens", self.pack_tokens, self.max_prompt_tokens + self.max_new_tokens)
+        return f"{shorter or halved('--max-new-tokens', self.max_new_tokens)}, or more ranks"
+
+    @property
+    def to_save_rollout_memory(self) -> str:
+        """What to try when memory runs out while sampling. The completions of one prompt run together."""
+        fewer = halved("--max-branches", self.max_branches, self.group)
+        return f"{fewer or halved('--max-new-tokens', self.max_new_tokens)}, or more ranks"
 
     @property
     def beta(self) -> float:
@@ -141,10 +162,21 @@ def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tu
     return loss, metrics
 
 
-def roll_out(policy: QwenVL, encoder: Encoder, prompts: dict[int, Sample], cfg: Config, step: int) -> list[Group]:
-    """Sample G completions of each {position: sample}, score them, and centre the rewards within each group."""
+def roll_out(
+    policy: QwenVL,
+    encoder: Encoder,
+    prompts: dict[int, Sample],
+    cfg: Config,
+    step: int,
+    show: bool = False,
+) -> list[Group]:
+    """Sample G completions of each {position: sample}, score them, and centre the rewards within each group.
+
+    show: with a progress bar, which moves by G completions when the last of a prompt is finished.
+    """
     rows = dict(zip(prompts, ahead(encoder.prompt, prompts.values())))
     count, groups = encoder.count if cfg.length_unit == "tokens" else len, []
+    bar = progress(None, len(prompts) * cfg.group, "completions", show)
     for position, completions in sample(
         policy, rows.items(), cfg.group, cfg.max_new_tokens, cfg.temperature, cfg.top_p,
         stop_ids=encoder.stop_ids, banned=encoder.banned_ids, seed=cfg.seed * 1_000_003 + step,
@@ -155,6 +187,8 @@ def roll_out(policy: QwenVL, encoder: Encoder, prompts: dict[int, Sample], cfg: 
         rewards = [score(output, *terms) for output in outputs]
         advantages = advantages_of([r.total for r in rewards])
         groups.append(Group(position, s, rows[position], completions, outputs, rewards, advantages))
+        bar.update(cfg.group)
+    bar.close()
     return sorted(groups, key=lambda g: g.position)
 
 
@@ -187,7 +221,7 @@ def with_old_logprobs(
     done = []
     for batch, _ in in_step(batches, ranks):
         with compute_in(compute, model):
-            old, _ = model(batch.row.to(ranks.device), cfg.temperature, encoder.banned_ids)
+            old, _ = model(batch.row, cfg.temperature, encoder.banned_ids)
         advantages, sampled = batch.advantages.to(ranks.device), batch.sampled.to(ranks.device)
         done.append(replace(batch, advantages=advantages, sampled=sampled, old=old))
     return done[: len(batches)]
@@ -231,10 +265,20 @@ def write_rollouts(run: Run, groups: list[Group], step: int, clip: float) -> Non
             file.writelines(line for _, line in lines)
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give back what the allocator keeps of freed memory: sampling and updates need blocks of other sizes, and the
+    sampler sizes its caches by what is free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def held_out(policy: QwenVL, encoder: Encoder, samples: list[Sample], cfg: Config, ranks: Ranks) -> dict:
     """Greedy F1 and lengths on the validation samples, sharded over the ranks."""
     mine = samples[ranks.rank :: ranks.world]
-    found = ranks.gather(evaluate_samples(policy, encoder, mine, cfg.max_new_tokens, cfg.max_branches))
+    limits = cfg.max_new_tokens, cfg.max_branches
+    with saving_memory(cfg.to_save_rollout_memory):
+        found = evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0)
+    found = ranks.gather(found)
     return {f"val_{name}": value for name, value in compute_metrics(found).items()}
 
 
@@ -260,13 +304,14 @@ def optimise(model, optimizer, groups: list[Group], encoder, cfg: Config, clip: 
     starts = range(0, cfg.rollout_batch, cfg.update_batch)
     minis = [[g for g in groups if s <= g.position < s + cfg.update_batch] for s in starts]
     sizes = [ranks.reduce(sum(len(c.ids) for g in mini for c in g.completions)) for mini in minis]
+    began = time.perf_counter()
     minis = [with_old_logprobs(model, batches_of(mini, cfg), encoder, cfg, compute, ranks) for mini in minis]
     gaps = torch.cat([(b.old - b.sampled).abs() for mini in minis for b in mini])
     sums, history = Counter(), []
 
     def loss_of(batch: Batch, real: bool) -> Tensor:
         with compute_in(compute, model):
-            new, entropy = model(batch.row.to(ranks.device), cfg.temperature, encoder.banned_ids)
+            new, entropy = model(batch.row, cfg.temperature, encoder.banned_ids)
         loss, metrics = policy_loss(new, batch.old, batch.advantages, clip)
         if real:
             trains = batch.advantages != 0
@@ -275,6 +320,8 @@ def optimise(model, optimizer, groups: list[Group], encoder, cfg: Config, clip: 
 
     for mini, tokens in zip(minis, sizes):
         history.append(update(optimizer, mini, loss_of, tokens, cfg.lr, cfg.max_norm, ranks))
+    rows = [batch.row for mini in minis for batch in mini]
+    speed = training_speed(model, rows, time.perf_counter() - began, ranks, forwards=1)
     trained = max(1.0, ranks.reduce(sums["tokens"]))
     return {
         "loss": sum(h["loss"] for h in history) / len(history),
@@ -283,6 +330,7 @@ def optimise(model, optimizer, groups: list[Group], encoder, cfg: Config, clip: 
         **{name: ranks.reduce(sums[name]) / trained for name in ("entropy", "kl", "clipped_high", "clipped_low")},
         "gap_mean": ranks.reduce(gaps.sum().item()) / ranks.reduce(len(gaps)),
         "gap_max": ranks.reduce(gaps.max().item(), "max"),
+        **speed,
     }
 
 
@@ -307,7 +355,7 @@ def main(cfg: Config) -> None:
     done = run.restore(model, optimizer)
     if validation and not done:
         policy = replica(model, compute, policy)
-        run.log(0, held_out(policy, encoder, validation, cfg, ranks))
+        run.log(0, held_out(policy, encoder, validation, cfg, ranks), SHOWN, last)
 
     stop = StopSignal(ranks)
     for step in range(done + 1, last + 1):
@@ -315,19 +363,26 @@ def main(cfg: Config) -> None:
         indices = stream(len(samples), (step - 1) * cfg.rollout_batch, cfg.rollout_batch, cfg.seed)
         prompts = {i: samples[indices[i]] for i in range(ranks.rank, cfg.rollout_batch, ranks.world)}
         policy = replica(model, compute, policy)
-        groups = roll_out(policy, encoder, prompts, cfg, step)  # completions, rewards, advantages: Eq. (7) to (10)
+        with saving_memory(cfg.to_save_rollout_memory):  # completions, rewards, advantages: Eq. (7) to (10)
+            groups = roll_out(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
         sampled = time.perf_counter()
+        slowest = ranks.reduce(sampled - began, "max")
         clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)  # B_s, Eq. (7)
+        policy = None  # what it takes is the update's; the next rollout makes it again
+        empty_cache(ranks.device)
         metrics = optimise(model, optimizer, groups, encoder, cfg, clip, compute, ranks)  # Eq. (6)
+        empty_cache(ranks.device)
         updated = time.perf_counter()
         metrics = rollout_metrics(groups, ranks) | metrics
         metrics |= {"clip": clip, "lr": cfg.lr}
+        sampled_tokens = metrics["tokens"] * cfg.rollout_batch * cfg.group
+        metrics["sampled_tokens_per_second"] = sampled_tokens / slowest
         metrics |= {"seconds_rollout": sampled - began, "seconds_update": updated - sampled}
         if validation and (step % cfg.eval_every == 0 or step == last):
             policy = replica(model, compute, policy)
             metrics |= held_out(policy, encoder, validation, cfg, ranks)
         write_rollouts(run, groups, step, clip)
-        run.log(step, metrics)
+        run.log(step, metrics, SHOWN, last)
         stopped = stop.agreed()
         if step % cfg.save_every == 0 or step == last or stopped:
             run.checkpoint(step, model, optimizer)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +32,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, option, pack, read_json,
-                  read_samples)
-from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, save, shard, start_ranks
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack, progress,
+                  read_json, read_samples, refusing)
+from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, locate, save, shard, start_ranks
+from model import Config as ModelConfig
 
 # ---------------------------------------------------------------------- shared plumbing
 
@@ -41,23 +43,53 @@ from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, save, shar
 def load_for_training(cfg, ranks: Ranks) -> tuple[QwenVL, Encoder, torch.dtype]:
     """The model with float32 master weights, sharded over the ranks, the encoder, and the compute dtype."""
     compute = choose_dtype(cfg.dtype, ranks.device)
-    model = load(cfg.model, "cpu" if ranks.world > 1 else ranks.device, torch.float32)
-    parts = {"vision": model.visual, "merger": model.visual.merger, "decoder": model.model}
-    if not set(cfg.freeze) <= parts.keys():
-        raise InputError(f"--freeze {' '.join(cfg.freeze)}: choose from {', '.join(parts)}")
-    for name, part in parts.items():  # the merger is a part of the vision tower, and so comes after it
-        part.requires_grad_(name not in cfg.freeze)
-    model.head.requires_grad_("decoder" not in cfg.freeze)  # of its own where it is not the embeddings
+    if ranks.device.type == "cuda":
+        card = torch.cuda.get_device_properties(ranks.device).total_memory
+        check_fits(outline(cfg.model), cfg.freeze, ranks.world, card)
+    model = load(cfg.model)
+    freeze(model, cfg.freeze)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     encoder = Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
     return shard(model, ranks, compute), encoder, compute
+
+
+def freeze(model: QwenVL, names: list[str]) -> None:
+    """Let all parts train but those of --freeze."""
+    parts = {"vision": model.visual, "merger": model.visual.merger, "decoder": model.model}
+    if not set(names) <= parts.keys():
+        raise InputError(f"--freeze {' '.join(names)}: choose from {', '.join(parts)}")
+    for name, part in parts.items():  # the merger is a part of the vision tower, and so comes after it
+        part.requires_grad_(name not in names)
+    model.head.requires_grad_("decoder" not in names)  # the embeddings, or a matrix beside the decoder
+
+
+def outline(path: str) -> QwenVL:
+    """The model of a checkpoint without its weights: shapes only, on the meta device."""
+    file = locate(path) / "config.json"
+    with refusing(str(file), ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+        with torch.device("meta"):
+            return QwenVL(ModelConfig.from_json(read_json(file)))
+
+
+def check_fits(model: QwenVL, frozen: list[str], world: int, card: int) -> None:
+    """InputError if not even what the weights need fits in `card` bytes on each of `world` ranks: 16 bytes for a
+    parameter that trains (float32 weight, gradient, two moments), 4 for a frozen one. Activations come on top."""
+    freeze(model, frozen)
+    needed = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / world
+    if needed > card:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        raise InputError(
+            f"training {trained:.3g} parameters on {world} rank{'s' * (world > 1)} needs at least "
+            f"{needed / 2**30:.0f} GiB a card for float32 weights, gradients and moments, the card has "
+            f"{card / 2**30:.0f}: use more ranks (torchrun --nproc-per-node), or --freeze"
+        )
 
 
 def compute_in(dtype: torch.dtype, model: QwenVL):
     """Context in which a whole model with float32 weights computes in `dtype` (sharded ones do it themselves)."""
     if dtype == torch.float32 or model.sharded:
         return nullcontext()
-    return torch.autocast(model.head.device.type, dtype)
+    return torch.autocast(model.head.device.type, dtype, cache_enabled=False)
 
 
 def make_optimizer(model: QwenVL, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -118,6 +150,7 @@ class Run:
 
     def __init__(self, cfg, ranks: Ranks):
         self.folder, self.ranks = Path(cfg.out), ranks
+        self.times = [time.perf_counter()]  # of the start, and of the end of each step
         if ranks.rank == 0:
             if cfg.fresh and (self.folder / "run.json").exists():
                 for name in ("checkpoints", "run.json", "metrics.jsonl", "rollouts.jsonl"):
@@ -156,6 +189,7 @@ class Run:
                 local(parameter).copy_(state["model"][name])
                 for key, value in state["optimizer"].get(name, {}).items():
                     optimizer.state[parameter][key] = like(value, parameter)
+        self.times = [time.perf_counter()]
         return state["step"]
 
     def checkpoint(self, step: int, model: QwenVL, optimizer) -> None:
@@ -185,14 +219,19 @@ class Run:
                     shutil.rmtree(old)
         self.ranks.barrier()
 
-    def log(self, step: int, metrics: dict) -> None:
-        """One line per step, the same in metrics.jsonl and on the screen."""
+    def log(self, step: int, metrics: dict, shown: str, last: int) -> None:
+        """One line per step: all of them in metrics.jsonl, those named in `shown` on the screen.
+
+        Step 0 is the evaluation before the first step; it says nothing about how long a step takes.
+        """
+        self.times.append(time.perf_counter())
+        if step == 0:
+            self.times = self.times[-1:]
         if self.ranks.rank == 0:
-            line = {"step": step, **metrics}
             with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            print("  ".join(shown), flush=True)
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            left = time_left(self.times, last - step)
+            print(screen_line(step, last, metrics, shown, left), flush=True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -276,7 +315,131 @@ def versions() -> dict:
     return {**packages, **machine, "commit": commit.stdout.strip() or None}
 
 
+# ---------------------------------------------------------------------- what a person watches
+
+
+# Dense bfloat16 FLOP/s of one card, from NVIDIA's data sheets (which often print twice as much, for
+# sparse matrices). The names are CUDA's, in full: a slice of a card (MIG) has another name, no entry.
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A40": 150e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+RECENT = 100  # steps whose mean time predicts the time left
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The dense bfloat16 FLOP/s of the device, or None if it is not a card of the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return PEAK_FLOPS.get(name)
+
+
+def matrix_parameters(module: torch.nn.Module) -> int:
+    """The parameters in the module's matrices: all but biases and norms."""
+    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
+
+
+def model_flops(model: QwenVL, row: Row) -> tuple[float, float]:
+    """The model FLOPs of a row's forward pass, and those of its backward pass.
+
+    Forward, a matrix takes 2 FLOPs per parameter and position. Positions are the row's tokens in the
+    decoder's layers (a prompt that completions share counts once), the supervised tokens in the head,
+    the patches in the vision tower, and the image tokens in its merger. The decoder's attention takes
+    4 FLOPs per layer, hidden unit, and pair of a query with a key that it sees.
+
+    Backward, a matrix takes as much again for its own gradient, if it trains, and as much again for
+    that of its input, if it or an earlier part trains (the patches, too, though nothing needs theirs:
+    0.2 % of the tower). Attention takes twice its forward.
+
+    Not counted: the vision tower's attention, the embedding, norms, activations, the optimizer, and
+    what is computed a second time (checkpointed layers, the chunks of the head).
+    """
+    vision, layers = model.visual, model.model.layers
+    patches, merger_size = len(row.pixels), matrix_parameters(vision.merger)
+    tower_size, patch_weight = matrix_parameters(vision) - merger_size, vision.patch_embed.proj.weight
+    parts = [  # in the order of the forward pass: (parameters, positions, whether they train)
+        (tower_size, patches, patch_weight.requires_grad),
+        (merger_size, patches / vision.merger.cell, vision.merger.mlp[0].weight.requires_grad),
+        (matrix_parameters(layers), len(row), layers[0].mlp.up_proj.weight.requires_grad),
+        (model.head.numel(), int(row.supervised.sum()), model.head.requires_grad),
+    ]
+    pairs = 0  # of a query and a key
+    for segment in row.segments:
+        prefix = 0 if segment.prefix is None else row.segments[segment.prefix].length
+        pairs += segment.length * prefix + segment.length * (segment.length + 1) / 2
+    attention = 4 * model.config.num_hidden_layers * model.config.hidden_size * pairs
+    forward, backward = attention, 2 * attention
+    earlier_trains = False
+    for parameters, positions, trains in parts:
+        flops = 2 * parameters * positions
+        forward += flops
+        backward += flops * trains  # of the weights
+        backward += flops * (trains or earlier_trains)  # of the input
+        earlier_trains = earlier_trains or trains
+    return forward, backward
+
+
+def training_speed(
+    model: QwenVL, rows: list[Row], seconds: float, ranks: Ranks, forwards: int = 0
+) -> dict[str, float]:
+    """trained_tokens_per_second and, if the card's peak is known, mfu, of all ranks together.
+
+    rows: those that this rank ran forward and backward in these seconds, and `forwards` times forward
+    only. Every token of a row counts, once: prompt, image, completion. mfu is the share in [0, 1] that
+    the model FLOPs of all these passes are of what the cards can do in dense bfloat16.
+    """
+    flops = 0.0
+    for row in rows:
+        forward, backward = model_flops(model, row)
+        flops += (1 + forwards) * forward + backward
+    flops, tokens = ranks.reduce(flops), ranks.reduce(sum(len(row) for row in rows))
+    speed = {"trained_tokens_per_second": tokens / seconds}
+    peak = peak_flops(ranks.device)
+    if peak is not None:
+        speed["mfu"] = flops / (seconds * peak * ranks.world)
+    return speed
+
+
+def time_left(times: list[float], steps: int) -> float | None:
+    """Seconds that `steps` more steps take at the mean pace of the recent ones; None before the first.
+
+    times: of the start, and of the end of each step; evaluations and checkpoints lie in between.
+    """
+    recent = times[-RECENT - 1 :]
+    if len(recent) == 1:
+        return None
+    return steps * (recent[-1] - recent[0]) / (len(recent) - 1)
+
+
+def screen_line(step: int, last: int, metrics: dict, shown: str, left: float | None) -> str:
+    """The step, the time left, and those metrics that `shown` names and that are there."""
+    parts = [f"step {step}/{last}"]
+    if left is not None:
+        parts.append(f"left {timedelta(seconds=round(left))}")
+    for name in shown.split():
+        if name in metrics:
+            digits = ".0f" if abs(metrics[name]) >= 100 else ".3g"
+            parts.append(f"{name.replace('_tokens_per_second', '/s')} {metrics[name]:{digits}}")
+    return "  ".join(parts)
+
+
 # ---------------------------------------------------------------------- SFT
+
+
+# The metrics on the screen.
+SHOWN = "loss lr grad_norm trained_tokens_per_second mfu seconds validation_loss"
 
 
 @dataclass(frozen=True)
@@ -306,6 +469,12 @@ class Config:
     min_pixels: int | None = option(None, "smallest image area; default: the checkpoint's")
     max_pixels: int | None = option(768 * 768, "largest image area; the release trained at 768 x 768")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping")
+
+    @property
+    def to_save_memory(self) -> str:
+        """What to try when memory runs out. A row holds at least the longest sample."""
+        shorter = halved("--pack-tokens", self.pack_tokens, self.max_tokens)
+        return f"{shorter or halved('--max-tokens', self.max_tokens)}, or more ranks (torchrun --nproc-per-node)"
 
 
 def cosine(step: int, total: int, warmup: int, peak: float) -> float:
@@ -341,7 +510,7 @@ def packed_rows(samples: list[Sample], encoder: Encoder, cfg: Config) -> tuple[l
 def nll(model: QwenVL, row: Row, compute: torch.dtype) -> Tensor:
     """The loss of a row, Eq. (3), summed over its target tokens: - sum of log P(R, Y given Q, X, S)."""
     with compute_in(compute, model):
-        logprobs, _ = model(row.to(model.head.device))
+        logprobs, _ = model(row)
     return -logprobs.sum()
 
 
@@ -351,7 +520,7 @@ def validation_loss(model, encoder, samples: list[Sample], cfg: Config, compute,
     mine = samples[ranks.rank :: ranks.world]
     rows, _ = packed_rows(mine or samples[:1], encoder, cfg)
     total, tokens = 0.0, 0.0
-    for row, real in in_step(rows, ranks):
+    for row, real in progress(in_step(rows, ranks), len(rows), "validation rows", ranks.rank == 0):
         counts = real and bool(mine)
         total += counts * nll(model, row, compute).item()
         tokens += counts * int(row.supervised.sum())
@@ -387,10 +556,11 @@ def main(cfg: Config) -> None:
         metrics = update(optimizer, rows, lambda r, real: nll(model, r, compute), tokens, lr, cfg.max_norm, ranks)
         metrics |= {"lr": lr, "target_tokens": int(tokens), "too_long": int(ranks.reduce(too_long))}
         metrics["seconds"] = time.perf_counter() - began
+        metrics |= training_speed(model, rows, metrics["seconds"], ranks)
         done = step + 1
         if validation and (done % cfg.eval_every == 0 or done == last):
             metrics["validation_loss"] = validation_loss(model, encoder, validation, cfg, compute, ranks)
-        run.log(done, metrics)
+        run.log(done, metrics, SHOWN, last)
         stopped = stop.agreed()
         if done % cfg.save_every == 0 or done == last or stopped:
             run.checkpoint(done, model, optimizer)

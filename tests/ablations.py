@@ -10,13 +10,19 @@ below were chosen on the validation split of seed 100, which is not among the se
 """
 
 import argparse
+import codecs
 import json
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from threading import Thread
+from typing import BinaryIO, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = "--dtype float32 --device cpu"
@@ -32,21 +38,62 @@ EXTRA = {  # --extra: the paper's own setting beside each of ours, and its ablat
     "paper-lr": "--lr 1e-6",
     "paper-pool": "--data {folder}/rl-paper.jsonl",
 }
+START_OF_LINE = "\r\x1b[K"  # on a terminal: back to the first column, and the line is erased
 SHOWN = ("f1_prompt", "f1_response", "f1", "format_ok", "mean_tokens")
 
 
-def run(name: str, command: str, folder: Path, seconds: dict) -> None:
-    """One stage: its command is printed, its output goes to folder/NAME.log, its wall seconds to `seconds`."""
+def copy_lines(output: BinaryIO, log: TextIO, newest: deque[str]) -> None:
+    """Copy a stage's lines to its log, and keep what a terminal would show last in `newest`.
+
+    A progress bar's frames begin with a carriage return, and a blank one removes the bar: of what stands between
+    two line feeds, only what follows the last carriage return counts.
+    """
+    decoder, begun, whole = codecs.getincrementaldecoder("utf-8")(errors="replace"), "", newest[0]
+    for chunk in iter(output.read1, b""):
+        *lines, begun = (begun + decoder.decode(chunk)).split("\n")
+        for line in lines:
+            line = line.rpartition("\r")[2]
+            log.write(line + "\n")
+            if line.strip():
+                whole = line
+        log.flush()
+        begun = begun.rpartition("\r")[2]
+        newest.append(begun.strip() or whole)
+
+
+def run(name: str, command: str, folder: Path, seconds: dict, every: float = 30.0) -> None:
+    """One stage: its command is printed, its output goes to folder/NAME.log, its wall seconds to `seconds`.
+
+    While it runs, the newest line of its output, progress bars included, stands on the screen: rewritten in place
+    on a terminal, else printed once in `every` seconds.
+    """
     print(f"\n$ python {command}", flush=True)
-    began = time.perf_counter()
-    with open(folder / f"{name}.log", "w") as log:
-        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+    began = shown = time.perf_counter()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "FORCE_PROGRESS": "1", "TQDM_MININTERVAL": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    stage = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, env=environment, **pipe)
+    newest = deque(["starting"], maxlen=1)
+    with stage, open(folder / f"{name}.log", "w") as log:
+        reader = Thread(target=copy_lines, args=(stage.stdout, log, newest))
+        reader.start()
+        while reader.is_alive():
+            reader.join(1.0)
+            now = time.perf_counter()
+            line = f"{now - began:4.0f} s  {newest[0]}"
+            if sys.stdout.isatty():
+                width = shutil.get_terminal_size().columns - 1
+                print(f"{START_OF_LINE}{line[:width]}", end="", flush=True)
+            elif now - shown >= every:
+                print(line, flush=True)
+                shown = now
+    if sys.stdout.isatty():
+        print(START_OF_LINE, end="")
     seconds[name] = round(time.perf_counter() - began, 1)
     lines = (folder / f"{name}.log").read_text().splitlines()
     print("\n".join(lines[-2:]), f"\n({seconds[name]} s, all of it in {folder / name}.log)", flush=True)
-    if done.returncode:
+    if stage.returncode:
         print("\n".join(lines[-30:]))
-        sys.exit(done.returncode)
+        sys.exit(stage.returncode)
 
 
 def one_seed(folder: Path, seed: int, extra: bool) -> dict:

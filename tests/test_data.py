@@ -343,6 +343,23 @@ def test_ahead_keeps_the_order_and_its_distance():
         list(ahead(lambda n: 1 // n, [1, 0, 1]))
 
 
+def test_progress_bars_are_for_terminals(capsys, monkeypatch):
+    assert list(data.progress(range(3), 3, "rows")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")  # stderr is no terminal here
+    monkeypatch.setenv("FORCE_PROGRESS", "1")
+    assert list(data.progress(range(3), 3, "rows", show=False)) == [0, 1, 2]  # as on every rank but the first
+    assert capsys.readouterr() == ("", "")
+    bar = data.progress(None, 3, "rows")
+    bar.mininterval = 0
+    bar.update(1)
+    bar.update(2)
+    bar.close()
+    out, err = capsys.readouterr()
+    frames = [frame.strip() for frame in err.split("\r") if frame.strip()]
+    assert [re.search(r"\d/3 ", frame)[0] for frame in frames] == ["0/3 ", "1/3 ", "3/3 "]
+    assert out == "" and "\n" not in err and err.endswith("\r")  # gone in the end
+
+
 def test_decisions_on_modes(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("P", (4, 4), 0).save(tmp_path / "palette.png", transparency=0)

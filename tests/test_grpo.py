@@ -5,6 +5,7 @@ files of a run; one process, torchrun and two ranks (gloo, FSDP2) as the same ru
 """
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,32 @@ def test_what_a_run_writes(world, encoder, config):
         assert line["gap_max"] < 1e-4 and line["grad_norm"] > 0 and line["skipped"] == 0 and line["kl"] > 0
     assert {o["finished"] for g in groups for o in g["outputs"]} == {True, False}
     assert Encoder(cfg.out).instruction == toy.INSTRUCTION and not same(weights(cfg.model), weights(cfg.out))
+    assert not any("mfu" in line for line in lines)  # on a CPU
+    whole = [json.loads(line) for line in Path(cfg.out, "metrics.jsonl").read_text().splitlines()][1:]
+    for step, line in enumerate(whole, 1):
+        assert set(grpo.SHOWN.split()) - {"mfu"} <= line.keys()
+        mine = [g for g in groups if g["step"] == step]
+        sampled = sum(o["n_tokens"] for g in mine for o in g["outputs"])
+        assert line["sampled_tokens_per_second"] == pytest.approx(sampled / line["seconds_rollout"])
+        spread = [g for g in mine if any(o["advantage"] for o in g["outputs"])]
+        prompts = sum(len(encoder.prompt(labels[g["id"]])) for g in spread)  # each is run once, for all its completions
+        trained = prompts + sum(o["n_tokens"] for g in spread for o in g["outputs"])
+        least = trained / line["seconds_update"]  # which also holds what is done around the passes
+        assert 0.999 * least < line["trained_tokens_per_second"] < 2 * least
+
+
+def test_the_screen_and_the_progress_bars(world, config, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_PROGRESS", "1")  # as if stderr were a terminal
+    grpo.main(config(validation=[str(world / "easy.jsonl")], eval_every=1))
+    out, err = capsys.readouterr()
+    before, first, second = [line for line in out.splitlines() if line.startswith("step")]
+    assert re.fullmatch(r"step 0/2  val_f1 \S+  val_f1_prompt \S+  val_f1_response \S+", before)
+    names = "reward request_right response_right format tokens truncated entropy kl clip grad_norm sampled/s trained/s"
+    assert re.findall("  ([a-z_/1]+)", second) == [
+        "left", *names.split(), "seconds_rollout", "seconds_update", "val_f1", "val_f1_prompt", "val_f1_response"]
+    assert first.startswith("step 1/2  left 0:00:") and second.startswith("step 2/2  left 0:00:00  reward ")
+    assert err.count("0/24 ") >= 2 and "validation samples/s" in err  # 6 prompts x 4 completions, in each step
+    assert "\n" not in err  # the bars are rewritten in place, and removed
 
 
 def test_one_update_per_rollout_batch_is_on_policy(config):

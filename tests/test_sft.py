@@ -1,4 +1,4 @@
-"""sft.py: schedule and data order, the loss against full logits, invariance to packing and ranks, freezing,
+"""sft.py: schedule and data order, the loss against full logits, invariance to packing and ranks, freezing, FLOPs,
 resuming bit by bit, one-line errors, compute types. Two-rank runs go through torchrun on the CPU (gloo, FSDP2).
 
     python -m pytest tests/test_sft.py
@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as qwen
 import sft
 import toy
-from data import Encoder, Sample, read_samples, write_samples
+from data import Encoder, Row, Sample, Segment, read_samples, write_samples
 
 ROOT = Path(sft.__file__).parent
+ALONE = qwen.Ranks(0, 1, torch.device("cpu"))
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
             vision_config=dict(depth=2, fullatt_block_indexes=[1], hidden_size=16, intermediate_size=24,
@@ -58,7 +60,7 @@ def on_two_ranks(folder: Path, stage: str, configs: list) -> None:
 def metrics(out: str | Path) -> list[dict]:
     """metrics.jsonl without what differs from run to run."""
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if not re.match("seconds|.*_per_second|mfu", k)} for line in lines]
 
 
 def weights(out: str | Path) -> dict[str, torch.Tensor]:
@@ -171,9 +173,136 @@ def test_the_first_step_logs_the_loss_of_its_batch(config, encoder, capsys):
     batch = [rows[i] for i in sft.stream(len(rows), 0, 4, cfg.seed)]
     assert line["loss"] == pytest.approx(by_hand(qwen.load(cfg.model), batch).item(), rel=1e-5)
     assert line["target_tokens"] == sum(int(row.supervised.sum()) for row in batch)
+    whole = json.loads(Path(cfg.out, "metrics.jsonl").read_text())
+    assert whole["trained_tokens_per_second"] * whole["seconds"] == pytest.approx(sum(map(len, batch)))
     assert (line["step"], line["lr"], line["skipped"], line["too_long"]) == (1, cfg.lr, 0, 0)
     assert line["validation_loss"] == pytest.approx(by_hand(qwen.load(cfg.out), rows).item(), rel=1e-5)
     assert json.loads(Path(cfg.out, "run.json").read_text())["config"] == asdict(cfg)
+
+
+# ---- what a person watches
+
+
+@pytest.fixture(scope="module")
+def net(world):
+    return qwen.load(str(world / "base"))
+
+
+def prompt_row(net, tokens: int, image: bool) -> Row:
+    """A prompt without targets; with an image of 4 x 4 patches, its first four tokens are the image's."""
+    ids = torch.full((tokens,), 5)
+    ids[: 4 * image] = net.config.image_token_id
+    return Row(ids, torch.arange(tokens).expand(3, -1), (Segment(0, tokens),), torch.zeros(tokens, dtype=torch.bool),
+               torch.zeros(16 * image, 1176), ((1, 4, 4),) * image)
+
+
+def test_model_flops_by_hand(net):
+    # A layer of the decoder: q 32 x 32, k and v 32 x 16 each, o 32 x 32, three matrices of the MLP 32 x 48.
+    layers = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
+    # A prompt of 5 tokens and completions of 2 and 3: 10 tokens, 5 of them targets. Queries see keys within
+    # the prompt (1 + 2 + .. + 5 = 15), the first completion (2 x 5 + 1 + 2 = 13), the second (3 x 5 + 6 = 21).
+    row = prompt_row(net, 5, image=False).extend([[6, 7], [6, 7, 8]])
+    attention = 4 * 2 * 32 * (15 + 13 + 21)
+    matrices = 2 * (layers * 10 + 32 * net.config.vocab_size * 5)
+    assert sft.model_flops(net, row) == (matrices + attention, 2 * (matrices + attention))
+    # A block of the vision tower: qkv 16 x 48, proj 16 x 16, MLP 3 x 16 x 24; the merger: 64 x 64, 64 x 32.
+    tower = 1176 * 16 + 2 * (16 * 48 + 16 * 16 + 3 * 16 * 24)
+    merger = 64 * 64 + 64 * 32
+    row = prompt_row(net, 5, image=True).extend([[6, 7], [6, 7, 8]])
+    forward, backward = sft.model_flops(net, row)
+    assert forward == matrices + attention + 2 * (16 * tower + 4 * merger)
+    assert backward == 2 * forward
+
+
+@pytest.mark.parametrize("freeze", [["vision", "merger"], ["vision"], ["decoder"], ["decoder", "vision"]])
+def test_what_is_frozen_takes_no_flops_for_its_weights(config, freeze):
+    net, _, _ = sft.load_for_training(config(freeze=freeze), ALONE)
+    row = prompt_row(net, 6, image=True).extend([[6, 7, 8]])
+    net.requires_grad_(True)
+    forward, everything = sft.model_flops(net, row)
+    net, _, _ = sft.load_for_training(config(freeze=freeze), ALONE)
+    merger = 2 * 4 * (64 * 64 + 64 * 32)
+    tower = 2 * 16 * (1176 * 16 + 2 * (16 * 48 + 16 * 16 + 3 * 16 * 24))
+    decoder = 2 * (9 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 3 * 32 * net.config.vocab_size)
+    spared = {
+        "vision merger": 2 * (tower + merger),  # nothing flows back into them
+        "vision": 2 * tower,
+        "decoder": decoder,  # gradients flow through it, but not to its weights
+        "decoder vision": decoder + 2 * tower,
+    }
+    assert sft.model_flops(net, row) == (forward, everything - spared[" ".join(freeze)])
+
+
+def test_model_flops_are_those_that_torch_counts(net, encoder, config, monkeypatch):
+    monkeypatch.setattr(qwen, "HAS_ONEDNN", False, raising=False)  # torch counts its own operators only
+    row = encoder.example(next(s for s in learnable(config()) if s.modality == "text_image"))
+    matrix_products = (torch.ops.aten.mm, torch.ops.aten.addmm)
+    with FlopCounterMode(display=False) as counter:
+        net(row)
+    counted = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in matrix_products)
+    forward, _ = sft.model_flops(net, row)
+    assert forward - 4 * 2 * 32 * len(row) * (len(row) + 1) / 2 == counted
+
+
+def test_training_speed_by_hand(net, monkeypatch):
+    rows = [prompt_row(net, 5, image=False).extend([[6, 7]]), prompt_row(net, 5, image=True).extend([[6]])]
+    assert sft.training_speed(net, rows, 2.0, ALONE) == {"trained_tokens_per_second": (7 + 6) / 2}  # on a CPU
+    monkeypatch.setattr(sft, "peak_flops", lambda device: 1e9)
+    forward = sum(sft.model_flops(net, row)[0] for row in rows)
+    speed = sft.training_speed(net, rows, 2.0, ALONE)
+    assert speed["mfu"] == pytest.approx(3 * forward / 2 / 1e9)
+    speed = sft.training_speed(net, rows, 2.0, ALONE, forwards=1)
+    assert speed["mfu"] == pytest.approx(4 * forward / 2 / 1e9)
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA A10", 125e12),
+    ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+def test_the_peak_of_a_card_is_known_by_its_whole_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert sft.peak_flops(torch.device("cuda", 0)) == peak and sft.peak_flops(torch.device("cpu")) is None
+
+
+def test_time_left_by_hand(monkeypatch):
+    assert sft.time_left([7.0], 10) is None
+    assert sft.time_left([7.0, 9.0], 10) == 20.0
+    assert sft.time_left([7.0, 9.0, 15.0], 10) == 40.0  # with a checkpoint or evaluation before the last step
+    assert sft.time_left([7.0, 9.0, 15.0], 0) == 0.0
+    monkeypatch.setattr(sft, "RECENT", 2)
+    assert sft.time_left([0.0, 100.0, 101.0, 102.0], 3) == 3.0
+
+
+def test_a_step_on_the_screen(config, capsys, monkeypatch):
+    line = {"loss": 0.123456, "lr": 5e-5, "grad_norm": 12.0, "trained_tokens_per_second": 54321.9, "target_tokens": 9,
+            "skipped": 0}
+    shown = "loss lr mfu trained_tokens_per_second skipped"
+    assert sft.screen_line(3, 20, line, shown, 3725.4) == (
+        "step 3/20  left 1:02:05  loss 0.123  lr 5e-05  trained/s 54322  skipped 0")
+    run = sft.Run(config(), ALONE)
+    run.log(0, {"loss": 2.0}, shown, 20)  # the evaluation before the first step
+    run.times = [100.0]
+    monkeypatch.setattr(sft.time, "perf_counter", lambda: 160.0)
+    run.log(1, line, shown, 4)
+    assert capsys.readouterr().out == (
+        "step 0/20  loss 2\n"
+        "step 1/4  left 0:03:00  loss 0.123  lr 5e-05  trained/s 54322  skipped 0\n")
+    assert [json.loads(x) for x in (run.folder / "metrics.jsonl").open()] == [{"step": 0, "loss": 2.0}, {"step": 1, **line}]
+
+
+def test_what_is_shown_is_in_the_file(config, capsys):
+    cfg = config(validation=config().data, epochs=1, steps=1)
+    sft.main(cfg)
+    out, err = capsys.readouterr()
+    (line,) = [json.loads(line) for line in Path(cfg.out, "metrics.jsonl").read_text().splitlines()]
+    assert set(sft.SHOWN.split()) - {"mfu"} <= line.keys() and "mfu" not in line  # on a CPU
+    (shown,) = [text for text in out.splitlines() if text.startswith("step")]
+    assert re.fullmatch(r"step 1/1  left 0:00:00  loss \S+  lr 0.01  grad_norm \S+  trained/s \S+  seconds \S+  "
+                        r"validation_loss \S+", shown)
+    assert err == ""  # no bar outside of a terminal
+
+
+# ---- runs
 
 
 def test_eight_samples_are_learnt(config):

@@ -445,8 +445,8 @@ def pretrain(folder: str | Path, instruction: str | Path, steps: int, seed: int 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"base step {step}  loss {loss.item():.4f}", flush=True)
+        if step % 10 == 0 or step == steps - 1:
+            print(f"base step {step}/{steps}  loss {loss.item():.4f}", flush=True)
     qwen.save(model, folder, folder)
 
 
