@@ -722,22 +722,27 @@ class Ranks:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks instead of handing them back to the system, which costs a page fault per
-    4 KB when they are needed again, step after step. For CPU runs: beside a GPU it would keep the float32 weights
-    of every rank in host memory for the whole job. Elsewhere there is no mallopt, and nothing to do."""
+    """Have glibc keep large freed blocks instead of handing them back to the system, which costs a
+    page fault per 4 KB when they are needed again, step after step. This is for CPU runs: beside a GPU
+    it would keep what a rank has loaded in host memory for the whole job. Without glibc there is no
+    mallopt, and nothing to do."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-4, 0)) if mallopt else ():
         mallopt(parameter, value)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
 
 def choose_device(name: str, local_rank: int | None) -> torch.device:
-    """The device of this process; "auto" is CUDA, else MPS, else the CPU. On CUDA it becomes the current one.
+    """The device of this process, and on CUDA its current one; "auto" is CUDA, else MPS, else the CPU.
 
-    local_rank: this process's number on its machine if there are several ranks, each with a GPU of that index.
+    local_rank: with several ranks, this process's number on its machine, and the index of its GPU.
     OSError if the device cannot be used.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         device = torch.device(name)
         if device.type == "cuda":
@@ -759,22 +764,23 @@ def start_ranks(device: str = "auto") -> Ranks:
     if place.type == "cpu":
         keep_freed_memory()
     if place.type == "cuda":
-        # cuDNN's attention builds a graph for every new shape, and packed rows hardly ever repeat a shape.
+        # cuDNN's attention builds a graph for every new shape, and packed rows hardly repeat one.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1:
-        # Ranks may wait in a collective while one of them still generates: its outputs can be the longest by far.
+        # Ranks wait in a collective while another one still generates: outputs differ in length.
         patience = timedelta(hours=1)
-        torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=patience)
-        atexit.register(leave_group)  # not after an error, which ends the process at once (data.end_process)
-        # Ctrl-C ends a rank that waits for others, too, where Python could not handle the signal.
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=patience)
+        atexit.register(leave_group)  # after success only: an error does not come here (data.end_process)
+        # Ctrl-C shall end a rank at once, also one that waits for others, where Python handles no signal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return Ranks(rank, world, place)
 
 
 def leave_group() -> None:
-    """Close the process group after success, and let its threads run: one that still waits for Python when the
-    interpreter ends (to drop what the last collective held) aborts the process, about one run in twenty on a busy
-    machine."""
+    """Close the process group after success, and let its threads run: one that still waits for the
+    interpreter's lock when the interpreter ends (to drop what the last collective held) aborts the
+    process, about one run in twenty on a busy machine."""
     torch.distributed.destroy_process_group()
     time.sleep(0.5)
 
