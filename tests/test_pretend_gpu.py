@@ -137,6 +137,11 @@ def test_sampled_tokens_and_logprobs_are_those_of_the_cpu(found):
     assert distance["other tokens"] == 0 and distance["logprobs"] < 1e-5
 
 
+def test_sampled_tokens_in_bfloat16_are_those_of_the_cpu_but_for_rounding(found):
+    distance = found("sampling_in_bfloat16")
+    assert distance["other tokens"] < 0.1 * distance["completions"] and distance["logprobs"] < 0.05
+
+
 def test_grpo_is_that_of_the_cpu_resumed_and_saved(found):
     stage = found("grpo_stage")
     assert len(stage["cpu"]) == 3  # before the first step, and two steps
@@ -497,19 +502,19 @@ def mining_stage(folder: Path) -> dict:
     return found
 
 
-@check
-def sampling(folder: Path) -> dict:
+def completions_of(folder: Path, dtype) -> dict:
     """Completions of the random model, whose tokens depend on many digits; places free up and are
-    filled again, with and without top-p."""
+    filled again, with and without top-p. How many completions differ between the devices, and how
+    far apart the log-probabilities of the others are."""
     encoder, drawn = Encoder(str(folder / "base")), {}
-    samples = read_samples([str(folder / "train.jsonl")])[:7]
+    samples = read_samples([str(folder / "train.jsonl")])[:6]
     prompts = [encoder.prompt(sample) for sample in samples]
     for device in DEVICES:
-        net, drawn[device] = qwen.load(str(folder / "base"), device), {}
+        net, drawn[device] = qwen.load(str(folder / "base"), device, dtype), {}
         for top_p in (1.0, 0.9):
             for key, completions in qwen.sample(
-                net, enumerate(prompts), n=3, max_new_tokens=16, top_p=top_p, seed=1,
-                stop_ids=tuple(encoder.stop_ids), banned=encoder.banned_ids, max_branches=12,
+                net, enumerate(prompts), n=3, max_new_tokens=12, top_p=top_p, seed=1,
+                stop_ids=tuple(encoder.stop_ids), banned=encoder.banned_ids, max_branches=9,
             ):  # fmt: skip
                 for branch, completion in enumerate(completions):
                     drawn[device][top_p, key, branch] = completion
@@ -517,7 +522,18 @@ def sampling(folder: Path) -> dict:
     assert cpu.keys() == pretend.keys() and len(cpu) == 2 * 3 * len(prompts)
     same = [key for key in cpu if cpu[key].ids == pretend[key].ids]
     far = [float((cpu[key].logprobs - pretend[key].logprobs).abs().max()) for key in same]
-    return {"other tokens": len(cpu) - len(same), "logprobs": max(far)}
+    return {"completions": len(cpu), "other tokens": len(cpu) - len(same), "logprobs": max(far)}
+
+
+@check
+def sampling(folder: Path) -> dict:
+    return completions_of(folder, torch.float32)
+
+
+@check
+def sampling_in_bfloat16(folder: Path) -> dict:
+    with fused_attention():
+        return completions_of(folder, torch.bfloat16)
 
 
 @check
