@@ -42,6 +42,7 @@ from reward import HARMFUL, UNHARMFUL, parse
 TASKS = (("prompt", "request"), ("response", "response"))  # (the paper's word, our field)
 MODALITIES = ("text", "image", "text_image")
 AVERAGE = "average"  # in the place of a benchmark's name
+PACK_TOKENS = 16384  # finished outputs wait for so many tokens, and get their P(harmful) in one forward
 
 
 @dataclass(frozen=True)
@@ -371,10 +372,10 @@ def probabilities(model: QwenVL, encoder: Encoder, outputs: list[Generated]) -> 
 
 def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterable[int],
             max_new_tokens: int = 3072, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-            max_branches: int = 256, watch: Callable | None = None, odds: bool = True, pack_tokens: int = 16384
+            max_branches: int = 256, watch: Callable | None = None, odds: bool = True
             ) -> Iterator[tuple[int, dict]]:
     """Yield (index, output, verdicts and, if `odds`, P(harmful)) of samples[i] for i in todo, as they finish: with
-    `odds` as many at a time as fit into one row of pack_tokens tokens."""
+    `odds` as many at a time as fit into one row of PACK_TOKENS tokens."""
     rows, most = {}, model.config.max_position_embeddings
 
     def prompts() -> Iterator[tuple[int, Row]]:
@@ -399,7 +400,7 @@ def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterab
         text = encoder.decode(completion.ids)
         found = prediction(text, n_tokens=len(completion.ids), finished=completion.finished)
         output = Generated(i, rows.pop(i), completion.ids, found, parse(text).places)
-        if waiting and (not odds or sum(map(len, [*waiting, output])) > pack_tokens):
+        if waiting and (not odds or sum(map(len, [*waiting, output])) > PACK_TOKENS):
             yield from complete(waiting)
             waiting = []
         waiting.append(output)

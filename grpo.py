@@ -221,7 +221,7 @@ def with_old_logprobs(
     done = []
     for batch, _ in in_step(batches, ranks):
         with compute_in(compute, model):
-            old, _ = model(batch.row.to(ranks.device), cfg.temperature, encoder.banned_ids)
+            old, _ = model(batch.row, cfg.temperature, encoder.banned_ids)
         advantages, sampled = batch.advantages.to(ranks.device), batch.sampled.to(ranks.device)
         done.append(replace(batch, advantages=advantages, sampled=sampled, old=old))
     return done[: len(batches)]
@@ -311,7 +311,7 @@ def optimise(model, optimizer, groups: list[Group], encoder, cfg: Config, clip: 
 
     def loss_of(batch: Batch, real: bool) -> Tensor:
         with compute_in(compute, model):
-            new, entropy = model(batch.row.to(ranks.device), cfg.temperature, encoder.banned_ids)
+            new, entropy = model(batch.row, cfg.temperature, encoder.banned_ids)
         loss, metrics = policy_loss(new, batch.old, batch.advantages, clip)
         if real:
             trains = batch.advantages != 0

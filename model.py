@@ -800,9 +800,11 @@ def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*model.visual.blocks, *model.model.layers, model]:
-        for parameter in block.parameters():
-            if parameter.device != ranks.device or parameter.dtype != torch.float32:
-                parameter.data = parameter.data.to(ranks.device).float()
+        for module in block.modules():
+            for name, old in module.named_parameters(recurse=False):
+                if old.device != ranks.device or old.dtype != torch.float32:  # else it is sharded already, or fits
+                    new = old.detach().to(ranks.device).float()
+                    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
         if ranks.world > 1:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     model.sharded = ranks.world > 1
@@ -985,7 +987,8 @@ class DecodeBatch:
           row 1: q q q q q                 branch 2, of prompt 1: c . .
 
     The host knows every branch's tokens (branches). On the device are, for each branch: hidden [B, D] of its newest
-    token, token [B] itself, its position [B], its own length [B], and its random numbers [B, limit].
+    token, token [B] itself, its position [B], its index among the branch's own tokens [B], length [B] of these in
+    the own cache (the same number, int32 as attention takes it), and random numbers [B, limit].
     """
 
     def __init__(self, model: QwenVL, n: int, limit: int, seed: int):
@@ -1024,6 +1027,7 @@ class DecodeBatch:
             "hidden": hidden[last.to(device)],
             "token": torch.zeros_like(last),
             "position": row.positions[0, last] + 1,  # a prompt ends in text, whose three coordinates are equal
+            "index": torch.zeros_like(last),
             "length": torch.zeros_like(last, dtype=torch.int32),
             "random": torch.stack([random_stream(self.seed, *name, self.limit) for name in names]),
         }
@@ -1063,7 +1067,8 @@ class DecodeBatch:
         if self.longest > self.own.shape()[1]:
             self.own.change(min(max(64, 2 * self.longest), self.limit))
         starts = self.ask_own.row_numbers[:-1] * self.own.shape()[1]
-        self.slots = (starts + state["length"]).long()  # [B], of the newest tokens in the own cache
+        self.slots = starts + state["index"]  # [B], of the newest tokens in the own cache
+        state["index"] += 1
         state["length"] += 1
         x = model.model.embed_tokens(state["token"])
         cos, sin = model.rope(state["position"].expand(3, -1))
@@ -1168,22 +1173,23 @@ def draw_tokens(
     all_logprobs, vocabulary = logits.log_softmax(-1), logits.shape[1]  # [B, V]
 
     def drawn(size: int) -> list[list[float]]:
-        """[3][B]: tokens, log-probabilities, and whether the nucleus was found among the `size` most likely."""
-        found = torch.ones_like(state["token"])
+        """[2 or 3][B]: tokens, log-probabilities and, with top_p, whether the nucleus was found among `size` tokens."""
+        found = None
         if temperature:
             probs = all_logprobs.exp()
             if top_p < 1:
                 probs, found = nucleus(probs, top_p, size)
-            uniform = state["random"].gather(1, state["length"].long()[:, None]).squeeze(1)
+            uniform = state["random"].gather(1, state["index"][:, None]).squeeze(1)
             state["token"] = draw(probs, uniform)
         else:
             state["token"] = logits.argmax(-1)
         logprobs = all_logprobs.gather(1, state["token"][:, None]).squeeze(1)
-        # float32 holds every token id exactly, and one tensor makes one wait
-        return torch.stack([state["token"].float(), logprobs, found.float()]).tolist()
+        # One tensor makes one wait; float32 holds every token id exactly.
+        results = [state["token"].float(), logprobs] + ([] if found is None else [found.float()])
+        return torch.stack(results).tolist()
 
-    tokens, logprobs, found = drawn(min(NUCLEUS_TOKENS, vocabulary))
-    if not all(found):  # a flat distribution: once more, with all tokens
+    tokens, logprobs, *found = drawn(min(NUCLEUS_TOKENS, vocabulary))
+    if found and not all(found[0]):  # a flat distribution: once more, with all tokens
         tokens, logprobs, _ = drawn(vocabulary)
     for branch, logprob in zip(batch.branches, logprobs):
         if not math.isfinite(logprob):

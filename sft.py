@@ -423,14 +423,14 @@ def time_left(times: list[float], steps: int) -> float | None:
 
 
 def screen_line(step: int, last: int, metrics: dict, shown: str, left: float | None) -> str:
-    """The step, those metrics that `shown` names and that are there, and the time left."""
+    """The step, the time left, and those metrics that `shown` names and that are there."""
     parts = [f"step {step}/{last}"]
+    if left is not None:
+        parts.append(f"left {timedelta(seconds=round(left))}")
     for name in shown.split():
         if name in metrics:
             digits = ".0f" if abs(metrics[name]) >= 100 else ".3g"
             parts.append(f"{name.replace('_tokens_per_second', '/s')} {metrics[name]:{digits}}")
-    if left is not None:
-        parts.append(f"left {timedelta(seconds=round(left))}")
     return "  ".join(parts)
 
 
@@ -509,7 +509,7 @@ def packed_rows(samples: list[Sample], encoder: Encoder, cfg: Config) -> tuple[l
 def nll(model: QwenVL, row: Row, compute: torch.dtype) -> Tensor:
     """The loss of a row, Eq. (3), summed over its target tokens: - sum of log P(R, Y given Q, X, S)."""
     with compute_in(compute, model):
-        logprobs, _ = model(row.to(model.head.device))
+        logprobs, _ = model(row)
     return -logprobs.sum()
 
 

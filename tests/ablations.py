@@ -10,7 +10,7 @@ below were chosen on the validation split of seed 100, which is not among the se
 """
 
 import argparse
-import io
+import codecs
 import json
 import math
 import os
@@ -43,16 +43,22 @@ SHOWN = ("f1_prompt", "f1_response", "f1", "format_ok", "mean_tokens")
 
 
 def copy_lines(output: BinaryIO, log: TextIO, newest: deque[str]) -> None:
-    """Copy a stage's output to its log, and keep its newest line in `newest`.
+    """Copy a stage's lines to its log, and keep what a terminal would show last in `newest`.
 
-    The frames of a progress bar end in a carriage return: they are kept like lines, but are not logged.
+    A progress bar's frames begin with a carriage return, and a blank one removes the bar: of what stands between
+    two line feeds, only what follows the last carriage return counts.
     """
-    for line in io.TextIOWrapper(output, errors="replace", newline=""):  # tells \r and \n apart
-        if line.endswith("\n"):
-            log.write(line)
-            log.flush()
-        if line.strip():
-            newest.append(line.strip())
+    decoder, begun, whole = codecs.getincrementaldecoder("utf-8")(errors="replace"), "", newest[0]
+    for chunk in iter(output.read1, b""):
+        *lines, begun = (begun + decoder.decode(chunk)).split("\n")
+        for line in lines:
+            line = line.rpartition("\r")[2]
+            log.write(line + "\n")
+            if line.strip():
+                whole = line
+        log.flush()
+        begun = begun.rpartition("\r")[2]
+        newest.append(begun.strip() or whole)
 
 
 def run(name: str, command: str, folder: Path, seconds: dict, every: float = 30.0) -> None:

@@ -351,33 +351,49 @@ def cache_bytes(config: qwen.Config, prompts: int, longest: int, branches: int, 
 
 @remembered
 def sampling_work(config: qwen.Config, traffic: Traffic, branches: int, n: int, temperature: float, top_p: float,
-                  dtype: torch.dtype, new: int = 2) -> int:
-    """Bytes that sampling takes beside weights and caches: a full prefill and the odds of all branches.
+                  dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that sampling takes beside weights and caches: while a full batch of prompts is encoded, and in a step
+    of all branches, with its draw.
 
     The first prompts fill a prefill batch; the others are as short as can be: only their branches count here.
     """
-    count, room = max(1, branches // n), 16384 // traffic.prompt + 1
+    count, room, new = max(1, branches // n), 16384 // traffic.prompt + 1, 2
     with without_contents() as ledger:
         model = weights(config, dtype)
-        before = ledger.reset()
         rows = [traffic.prompt_row(config) for _ in range(min(count, room))]
         rows += [traffic.prompt_row(config, 16, picture=False) for _ in range(count - len(rows))]
-        how = {"banned": BANNED, "max_branches": branches}
+        before, peaks = ledger.reset(), []
+
+        def watch(tokens: Tensor) -> None:
+            peaks.append(ledger.peak - before)
+            ledger.reset()
+
+        how = {"banned": BANNED, "max_branches": branches, "watch": watch}
         for _ in qwen.sample(model, enumerate(rows), n, new, temperature, top_p, **how):
             pass
-        return ledger.peak - before - cache_bytes(config, count, traffic.prompt, count * n, new, dtype)
+    prefill = peaks[0] - cache_bytes(config, count, traffic.prompt, 0, 0, dtype)
+    return prefill, peaks[1] - cache_bytes(config, count, traffic.prompt, count * n, new, dtype)
 
 
 def rollout(config: qwen.Config, cfg, traffic: Traffic, n: int, longest: int, resident: int = 0,
             dtype=torch.bfloat16) -> dict[str, int]:
-    """Bytes while sampling: fixed (what was there, and the weights to sample from), work, caches at the worst case
-    of all branches, and those of the least that has to run: one prompt of `longest` tokens, n branches."""
-    fixed = resident + dtype.itemsize * sizes(build(config, sft.Config(), device="meta"))
+    """Bytes while sampling n completions a prompt.
+
+    fixed: what was there before, and the weights to sample from; prefill, decode: beside the caches, while prompts
+    are encoded, and in a step; prompts: their caches; caches: those at the worst case, with all that the branches
+    may write; least: the caches of the least that has to run, one prompt of `longest` tokens with its branches.
+    """
+    fixed = resident + dtype.itemsize * sizes(weights(config, dtype, "meta"))
     prompts = max(1, cfg.max_branches // n)
-    caches = cache_bytes(config, prompts, traffic.prompt, prompts * n, cfg.max_new_tokens, dtype)
-    least = cache_bytes(config, 1, longest, n, cfg.max_new_tokens, dtype)
-    work = sampling_work(config, traffic, cfg.max_branches, n, cfg.temperature, cfg.top_p, dtype)
-    return {"fixed": fixed, "work": work, "caches": caches, "least": least}
+    prefill, decode = sampling_work(config, traffic, cfg.max_branches, n, cfg.temperature, cfg.top_p, dtype)
+    return {
+        "fixed": fixed,
+        "prefill": prefill,
+        "decode": decode,
+        "prompts": cache_bytes(config, prompts, traffic.prompt, 0, 0, dtype),
+        "caches": cache_bytes(config, prompts, traffic.prompt, prompts * n, cfg.max_new_tokens, dtype),
+        "least": cache_bytes(config, 1, longest, n, cfg.max_new_tokens, dtype),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -396,6 +412,7 @@ class Cell:
     card: str
     ranks: int
     peak: float
+    wanted: float  # the same, with all caches at their worst case
     parts: dict[str, float]
     fits: bool
     advice: str = ""
@@ -427,7 +444,8 @@ def training_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
 
     found = parts(ranks)
     fits = sum(found.values()) <= room
-    return Cell(name, stage, card, ranks, sum(found.values()), found, fits, "" if fits else advice())
+    peak = sum(found.values())
+    return Cell(name, stage, card, ranks, peak, peak, found, fits, "" if fits else advice())
 
 
 def sampling_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
@@ -444,13 +462,15 @@ def sampling_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
     found = rollout(config, cfg, Traffic(), n, longest, resident)
     found = {key: value / GIB for key, value in found.items()}
     room = SHARE * (CARDS[card] - found["fixed"])
-    peak = found["fixed"] + max(min(found["work"] + found["caches"], room), found["work"] + found["least"])
-    fits, advice = found["work"] + found["least"] <= room, ""
+    work = max(found["prefill"], found["decode"])  # prompts are encoded while the caches of others are full
+    wanted, least = work + found["caches"], work + found["least"]
+    fits, advice = least <= room, ""
     if not fits:
         advice = "more ranks, or larger cards" if resident else "a larger card"
-        if 0 < room < found["work"] + found["least"]:
+        if 0 < room:
             advice = f"--max-branches {cfg.max_branches // 2}, a smaller --max-new-tokens, or {advice}"
-    return Cell(name, stage, card, ranks, peak, found, fits, advice)
+    peak = found["fixed"] + max(min(wanted, room), least)
+    return Cell(name, stage, card, ranks, peak, found["fixed"] + wanted, found, fits, advice)
 
 
 def cells(only: list[str]) -> Iterator[Cell]:
@@ -468,8 +488,7 @@ def shown(cell: Cell | None) -> str:
     """A cell's text: the peak, in brackets what the caches would take at most, bold if it does not fit."""
     if cell is None:
         return "-"
-    wanted = cell.parts.get("fixed", 0) + cell.parts.get("work", 0) + cell.parts.get("caches", 0)
-    text = f"{cell.peak:.1f}" + (f" ({wanted:.0f})" if "caches" in cell.parts and wanted > cell.peak else "")
+    text = f"{cell.peak:.1f}" + (f" ({cell.wanted:.0f})" if cell.wanted > cell.peak else "")
     return text if cell.fits else f"**{text}**"
 
 

@@ -421,11 +421,12 @@ def test_probabilities_are_computed_in_float32(guard, world):
 
 
 @pytest.mark.parametrize("pack_tokens", [1, 700, 10**6])
-def test_predictions_do_not_depend_on_how_many_are_completed_at_a_time(guard, world, pack_tokens):
+def test_predictions_do_not_depend_on_how_many_are_completed_at_a_time(guard, world, pack_tokens, monkeypatch):
     model, encoder = guard
     samples = read_samples([str(world / "test.jsonl")])[:6]
     one = dict(evaluate.predict(model, encoder, samples, range(6), 24))
-    other = dict(evaluate.predict(model, encoder, samples, range(6), 24, pack_tokens=pack_tokens))
+    monkeypatch.setattr(evaluate, "PACK_TOKENS", pack_tokens)
+    other = dict(evaluate.predict(model, encoder, samples, range(6), 24))
     assert one.keys() == other.keys() == set(range(6))
     for i, found in one.items():
         assert found.keys() == other[i].keys() and found["output"] == other[i]["output"]

@@ -239,8 +239,8 @@ def test_the_screen_and_the_progress_bars(world, config, capsys, monkeypatch):
     assert re.fullmatch(r"step 0/2  val_f1 \S+  val_f1_prompt \S+  val_f1_response \S+", before)
     names = "reward request_right response_right format tokens truncated entropy kl clip grad_norm sampled/s trained/s"
     assert re.findall("  ([a-z_/1]+)", second) == [
-        *names.split(), *("seconds_rollout", "seconds_update", "val_f1", "val_f1_prompt", "val_f1_response", "left")]
-    assert first.startswith("step 1/2") and second.startswith("step 2/2") and second.endswith("left 0:00:00")
+        "left", *names.split(), "seconds_rollout", "seconds_update", "val_f1", "val_f1_prompt", "val_f1_response"]
+    assert first.startswith("step 1/2  left 0:00:") and second.startswith("step 2/2  left 0:00:00  reward ")
     assert err.count("0/24 ") >= 2 and "validation samples/s" in err  # 6 prompts x 4 completions, in each step
     assert "\n" not in err  # the bars are rewritten in place, and removed
 

@@ -32,8 +32,8 @@ from data import InputError, read_samples
 from memory import ALONE, GIB, Traffic
 from test_sft import TINY
 
-SMALL = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-             num_key_value_heads=4, rope_scaling={"type": "mrope", "mrope_section": [8, 12, 12]})
+SMALL = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=4, vision_config=dict(depth=2, fullatt_block_indexes=[1]))
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +72,18 @@ def weights_and_moments(model) -> int:
 
 
 def within(estimate: float, measurement: float, tolerance: float = 0.1) -> bool:
+    """Whether the estimate is that close to the measurement."""
     return abs(estimate / measurement - 1) <= tolerance
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("freeze", [["vision", "merger"], []])
+@pytest.mark.parametrize("dtype, freeze", [("float32", ["vision", "merger"]), ("bfloat16", [])])
 def test_sft_step_takes_what_is_estimated(world, dtype, freeze):
     """The whole step, and what of it is not weights, gradients and moments: activations, head, clipping."""
-    cfg = config_of(sft.Config, world, pack_tokens=2048, dtype=dtype, freeze=freeze)
+    cfg = config_of(sft.Config, world, pack_tokens=1024, dtype=dtype, freeze=freeze)
     model, encoder, compute = sft.load_for_training(cfg, ALONE)
-    samples = [s for s in read_samples(cfg.data) if s.reasoning]
+    samples = [s for s in read_samples(cfg.data) if s.reasoning and s.image]  # as the table assumes
     rows, _ = sft.packed_rows(samples, encoder, cfg)
-    rows = [row for row in rows if len(row) > 1900]
-    assert len(rows) >= 2
+    rows = sorted(rows, key=len)[-2:]  # the fullest last, when the gradients are there
     optimizer = sft.make_optimizer(model, 1e-6, 0.0)
 
     def step() -> None:
@@ -103,7 +102,7 @@ def test_sft_step_takes_what_is_estimated(world, dtype, freeze):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_grpo_update_takes_what_is_estimated(world, dtype):
     """The clipped update of one mini-batch after the other, with the old log-probabilities before them."""
-    cfg = config_of(grpo.Config, world, group=8, rollout_batch=16, update_batch=8, pack_tokens=1900, dtype=dtype)
+    cfg = config_of(grpo.Config, world, group=8, rollout_batch=4, update_batch=4, pack_tokens=920, dtype=dtype)
     model, encoder, compute = sft.load_for_training(cfg, ALONE)
     random, groups = torch.Generator().manual_seed(0), []
     for position, sample in enumerate(read_samples(cfg.data)[: cfg.rollout_batch]):
@@ -139,4 +138,5 @@ def test_rollout_takes_what_is_estimated(world, dtype):
     estimate = memory.rollout(policy.config, cfg, Traffic(longest, 30, toy.SIDE), cfg.group, longest, 0, dtype)
     weights = sum(p.nbytes for p in policy.parameters())
     assert estimate["fixed"] == weights
-    assert within(estimate["fixed"] + estimate["work"] + estimate["caches"], weights + peak)
+    prefill, decode = estimate["prefill"] + estimate["prompts"], estimate["decode"] + estimate["caches"]
+    assert within(weights + max(prefill, decode), weights + peak)  # all prompts are admitted before the first step
