@@ -26,11 +26,13 @@ import pytest
 
 # What things may cost, as measured. To be lowered when the code gets better.
 # One decode step of four branches of one prompt: launches in each layer, and beside the layers.
-DECODING = {"float32": (63, 41), "bfloat16": (29, 42)}
+DECODING = {"float32": (63, 38), "bfloat16": (29, 39)}
 DECODING_WAITS = 1
 # The forward pass of a row of one prompt and six completions that all differ in length.
-FORWARD = {"float32": (37, 57), "bfloat16": (22, 47)}
-FORWARD_WAITS = 16
+FORWARD = {"float32": (37, 44), "bfloat16": (22, 34)}
+FORWARD_WAITS = 7
+# An update of GRPO in bfloat16: one row with an image, run for the old policy and for the new one.
+UPDATE_WAITS = 45
 
 HERE = Path(__file__).resolve()
 CHECKS: dict[str, Callable] = {}  # what the process runs, by name
@@ -186,6 +188,12 @@ def test_what_a_forward_pass_costs(found, dtype):
     assert cost["waits per layer"] == 0 and cost["waits beside"] <= FORWARD_WAITS
     launches = cost["launches per layer"], cost["launches beside"]
     assert launches[0] <= FORWARD[dtype][0] and launches[1] <= FORWARD[dtype][1]
+
+
+def test_what_a_grpo_update_waits_for_does_not_grow_with_completions(found):
+    waits = found("grpo_update")
+    print(json.dumps(waits, indent=1))
+    assert waits["of 3 completions"] == waits["of 6 completions"] <= UPDATE_WAITS
 
 
 # ------------------------------------------------------------------------------ the process
@@ -603,6 +611,10 @@ def stages_in_bfloat16(folder: Path) -> dict:
 # ---- what things cost
 
 
+def by_line(counter: Counter) -> dict[str, int]:
+    return {f"{place} {operator}": count for (place, operator), count in counter.items()}
+
+
 def cost_of(measure: Callable, folder: Path) -> dict:
     """By type: launches and waits in each layer, as the slope over two depths, and beside the
     layers; the operators of a layer; the lines of all waits. measure(net, prompt) -> Tally."""
@@ -626,7 +638,7 @@ def cost_of(measure: Callable, folder: Path) -> dict:
         for (_, operator), count in (many.launches - few.launches).items():
             in_layer[operator] += count / 2
         cost["in a layer"] = dict(in_layer.most_common())
-        cost["waits"] = {f"{place} {operator}": n for (place, operator), n in few.waits.items()}
+        cost["waits"] = by_line(few.waits)
         found[name_of(dtype)] = cost
     return found
 
@@ -656,6 +668,28 @@ def forward_pass(folder: Path) -> dict:
         return tally
 
     return cost_of(measure, folder)
+
+
+@check
+def grpo_update(folder: Path) -> dict:
+    """Waits of an update on two prompts in one packed row: in all, and by line."""
+    found = {}
+    for group in (3, 6):
+        cfg = config(grpo, folder, "unused", "pretend", rollout_batch=2, update_batch=2,
+                     group=group, max_new_tokens=8, floor=0.1, dtype="bfloat16")
+        ranks = qwen.Ranks(0, 1, torch.device("pretend"))
+        net, encoder, compute = sft.load_for_training(cfg, ranks)
+        optimizer = sft.make_optimizer(net, cfg.lr, cfg.weight_decay)
+        samples = read_samples([str(folder / "mixed.jsonl")])[:2]
+        with fused_attention():
+            policy = qwen.replica(net, compute)
+            groups = grpo.roll_out(policy, encoder, dict(enumerate(samples)), cfg, 1)
+            some = torch.linspace(-1, 1, group)
+            groups = [replace(g, advantages=some) for g in groups]  # so that no group is left out
+            with pretend_gpu.counting() as tally:
+                grpo.optimise(net, optimizer, groups, encoder, cfg, 0.2, compute, ranks)
+        found[f"of {group} completions"] = sum(tally.waits.values())
+    return {**found, "waits": by_line(tally.waits)}
 
 
 # ---- all of it
