@@ -29,7 +29,7 @@ from PIL import Image
 
 from data import (Encoder, InputError, Sample, ahead, check_inputs, cli, open_image, option, place_image,
                   read_samples, write_samples)
-from evaluate import MODALITIES, collect, load_guard, sample_fields, settings_of
+from evaluate import MODALITIES, collect, fewer_or_smaller, load_guard, sample_fields, settings_of
 from model import CheckpointError, QwenVL, start_ranks
 from model import sample as generate
 from reward import HARMFUL, UNHARMFUL, parse
@@ -61,6 +61,10 @@ class Config:
     min_pixels: int | None = option(None, "smallest picture area; default: the checkpoint's")
     max_pixels: int | None = option(None, "largest picture area; default: the checkpoint's")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping at the first")
+
+    @property
+    def to_save_memory(self) -> str:
+        return fewer_or_smaller(self.max_branches, self.samples, self.max_pixels)
 
 
 # -------------------------------------------------- rejection sampling

@@ -20,8 +20,11 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
+import time
+import traceback
 import typing
 import unicodedata
 import zlib
@@ -34,7 +37,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
@@ -78,6 +81,21 @@ def refusing(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise InputError(f"{what}: {str(error) or repr(error)}") from error
+
+
+@contextmanager
+def saving_memory(advice: str) -> Iterator[None]:
+    """Make an out-of-memory error of the device, in the block, an InputError that says what to try instead."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(" If reserved")[0]  # where torch turns to its own settings
+        raise InputError(f"out of memory: try {advice} ({reason})") from error
+
+
+def halved(flag: str, value: int, least: int = 1) -> str:
+    """The advice to give a flag half of its value, or `least` if that is more; "" where it is no more than that."""
+    return f"{flag} {max(value // 2, least)} (now {value})" if value > least else ""
 
 
 # ---- command line
@@ -126,10 +144,44 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         parser.add_argument("--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
 
 
+def end_process(code: int, message: str) -> NoReturn:
+    """Print a message on stderr, and end with an exit code.
+
+    One of several ranks ends at once and leaves its process group open, since closing it can wait for ranks
+    that wait for this one. torchrun then ends the others: SIGTERM, and after 30 seconds SIGKILL.
+    """
+    print(message, end="", file=sys.stderr)
+    if not torch.distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def fail_rank(error: Exception) -> NoReturn:
+    """End one of several ranks after an unexpected exception: with its traceback and status 1.
+
+    A rank that has lost its connection to another one, which failed or was killed, prints a single line instead,
+    so that the message of the other one is found. It ends a little later, since torchrun's report names the
+    rank that ended first as the cause.
+    """
+    rank, message = torch.distributed.get_rank(), str(error)
+    lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
+    lost_in_nccl = "ncclRemoteError" in message
+    lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
+    if not (lost_in_gloo or lost_in_nccl or lost_the_store):
+        end_process(1, f"rank {rank}:\n{traceback.format_exc()}")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends soon: there is no step to finish
+    print(f"error: rank {rank}: another rank has ended; its message says why", file=sys.stderr, flush=True)
+    time.sleep(2)
+    end_process(1, "")
+
+
 def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None = None,
         errors: tuple[type[Exception], ...] = ()) -> None:
     """Flags from a config dataclass, or from {subcommand: (dataclass, function)}; then run the function.
-    InputError, OSError and `errors` give one line on stderr and status 2, like wrong flags; Ctrl-C 130."""
+    InputError, OSError and `errors` give one line on stderr and status 2, like wrong flags; Ctrl-C 130. With
+    several ranks the line names the rank, and every error ends the process at once (end_process)."""
     how = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = Parser(description=sys.modules["__main__"].__doc__, **how)
     if isinstance(config, dict):
@@ -142,12 +194,18 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
         values = vars(parser.parse_args())
         if isinstance(config, dict):
             config, main = config[values.pop("command")]
-        main(config(**values))  # flags that were not given are left to the dataclass
+        cfg = config(**values)  # flags that were not given are left to the dataclass
+        with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
+            main(cfg)
     except (InputError, OSError, *errors) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        rank = f"rank {torch.distributed.get_rank()}: " if torch.distributed.is_initialized() else ""
+        end_process(2, f"error: {rank}{' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        end_process(130, "")
+    except Exception as error:
+        if not torch.distributed.is_initialized():
+            raise
+        fail_rank(error)
 
 
 # ---- samples

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, from_json, option, progress,
-                  read_json, read_samples, read_text, to_json)
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, from_json, halved, option,
+                  progress, read_json, read_samples, read_text, saving_memory, to_json)
 from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, start_ranks
 from model import sample as generate
 from reward import HARMFUL, UNHARMFUL, parse
@@ -42,6 +42,7 @@ from reward import HARMFUL, UNHARMFUL, parse
 TASKS = (("prompt", "request"), ("response", "response"))  # (the paper's word, our field)
 MODALITIES = ("text", "image", "text_image")
 AVERAGE = "average"  # in the place of a benchmark's name
+PACK_TOKENS = 16384  # finished outputs wait for so many tokens, and get their P(harmful) in one forward
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ class Config:
     min_pixels: int | None = option(None, "smallest picture area; default: the checkpoint's")
     max_pixels: int | None = option(None, "largest picture area; default: the checkpoint's")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping at the first")
+
+    @property
+    def to_save_memory(self) -> str:
+        return fewer_or_smaller(self.max_branches, 1, self.max_pixels)
+
+
+def fewer_or_smaller(branches: int, least: int, pixels: int | None) -> str:
+    """What to try when memory runs out while sampling, at least `least` outputs at once."""
+    smaller = halved("--max-pixels", pixels) if pixels else "--max-pixels 589824 (now the checkpoint's)"
+    return " or ".join(filter(None, (halved("--max-branches", branches, least), smaller)))
 
 
 # -------------------------------------------------- scoring: predictions -> numbers
@@ -309,32 +320,62 @@ def collect(folder: Path, settings: dict, wanted: list[dict],
 
 def load_guard(cfg, device: torch.device) -> tuple[QwenVL, Encoder]:
     """The model in the dtype of cfg.dtype on the device, and its encoder."""
-    return (load(cfg.model, device, choose_dtype(cfg.dtype, device)),
-            Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels))
+    with saving_memory("a larger card: the weights alone do not fit"):
+        model = load(cfg.model, device, choose_dtype(cfg.dtype, device))
+    return model, Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One output on its way to a prediction: what was generated for samples[index], and where its labels stand."""
+
+    index: int
+    prompt: Row
+    ids: list[int]
+    prediction: dict
+    label_offsets: tuple[int | None, ...]  # characters of the output that stand before each label (Verdict.places)
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.ids)
 
 
 @torch.no_grad()
-def probabilities(model: QwenVL, encoder: Encoder, prompt: Row, ids: list[int], places: tuple) -> list:
-    """P(harmful) at both places (Verdict.places) of the output `ids` of a prompt; None at None.
+def probabilities(model: QwenVL, encoder: Encoder, outputs: list[Generated]) -> list[list[float | None]]:
+    """P(harmful) at both label offsets of every output; None at None. All in one packed forward.
 
-    p(" harmful") / (p(" harmful") + p(" unharmful")), each by its first token, after all that stands before
-    the label. One forward per output: the sampler's logits vary in their last bits with what runs beside it.
+    p(" harmful") / (p(" harmful") + p(" unharmful")), each by its first token, after all that stands before the
+    label. The two rows of the head that it takes are multiplied in float32: logits near 24 are 0.125 apart in
+    bfloat16, which would tie many outputs.
     """
     words = [encoder.tokenizer.encode(f" {s}", add_special_tokens=False)[0] for s in (HARMFUL, UNHARMFUL)]
-    ends = [place and bisect_left(range(len(ids) - 1), place, key=lambda n: len(encoder.decode(ids[:n])))
-            for place in places]                              # how many tokens stand before a label
-    if not any(ends):
-        return [None for _ in ends]
-    row = prompt.extend([ids[:max(end or 0 for end in ends)]]).to(model.head.device)
-    logits = model.hidden(row)[[len(prompt) + (end or 0) - 1 for end in ends]] @ model.head[words].T
-    return [end and p for end, p in zip(ends, logits.double().softmax(-1)[:, 0].tolist())]
+    rows, asked, tokens = [], [], 0  # asked: (output, label, the token of the joined row after which it stands)
+    for number, output in enumerate(outputs):
+        # how many tokens stand before each label; 0 where there is none
+        before = [offset and bisect_left(range(len(output.ids) - 1), offset,
+                                         key=lambda n: len(encoder.decode(output.ids[:n]))) or 0
+                  for offset in output.label_offsets]
+        if any(before):
+            end = tokens + len(output.prompt)
+            asked += [(number, label, end + count - 1) for label, count in enumerate(before) if count]
+            rows.append(output.prompt.extend([output.ids[:max(before)]]))
+            tokens += len(rows[-1])
+    found: list[list[float | None]] = [[None] * len(output.label_offsets) for output in outputs]
+    if not rows:
+        return found
+    after = torch.tensor([token for _, _, token in asked], device=model.device)
+    head = model.head[torch.tensor(words, device=model.device)]                      # [2, D]
+    logits = model.hidden(rows[0].join(*rows[1:]))[after].float() @ head.float().T   # [labels, 2]
+    for (number, label, _), p in zip(asked, logits.softmax(-1)[:, 0].tolist()):
+        found[number][label] = p
+    return found
 
 
 def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterable[int],
             max_new_tokens: int = 3072, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
             max_branches: int = 256, watch: Callable | None = None, odds: bool = True
             ) -> Iterator[tuple[int, dict]]:
-    """Yield (index, output, verdicts and, if `odds`, P(harmful)) of samples[i] for i in todo, as they finish."""
+    """Yield (index, output, verdicts and, if `odds`, P(harmful)) of samples[i] for i in todo, as they finish: with
+    `odds` as many at a time as fit into one row of PACK_TOKENS tokens."""
     rows, most = {}, model.config.max_position_embeddings
 
     def prompts() -> Iterator[tuple[int, Row]]:
@@ -344,15 +385,26 @@ def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterab
                 raise InputError(f"sample {samples[i].id}: {len(rows[i])} tokens; the model can read {most}")
             yield i, rows[i]
 
+    def complete(outputs: list[Generated]) -> Iterator[tuple[int, dict]]:
+        odds_of = probabilities(model, encoder, outputs) if odds else [None] * len(outputs)
+        for output, p in zip(outputs, odds_of):
+            sample, added = samples[output.index], {}
+            if p:
+                added = {"request_p": p[0], "response_p": p[1] if sample.response else None}
+            yield output.index, output.prediction | added
+
+    waiting: list[Generated] = []
     for i, (completion,) in generate(model, prompts(), 1, max_new_tokens, temperature, top_p, seed=seed,
                                      stop_ids=encoder.stop_ids, banned=encoder.banned_ids,
                                      max_branches=max_branches, watch=watch):
-        row, output = rows.pop(i), encoder.decode(completion.ids)
-        found = prediction(output, n_tokens=len(completion.ids), finished=completion.finished)
-        if odds:
-            p, q = probabilities(model, encoder, row, completion.ids, parse(output).places)
-            found |= {"request_p": p, "response_p": q if samples[i].response else None}
-        yield i, found
+        text = encoder.decode(completion.ids)
+        found = prediction(text, n_tokens=len(completion.ids), finished=completion.finished)
+        output = Generated(i, rows.pop(i), completion.ids, found, parse(text).places)
+        if waiting and (not odds or sum(map(len, [*waiting, output])) > PACK_TOKENS):
+            yield from complete(waiting)
+            waiting = []
+        waiting.append(output)
+    yield from complete(waiting)
 
 
 def evaluate_samples(model: QwenVL, encoder: Encoder, samples: list[Sample], max_new_tokens: int = 3072,
@@ -387,7 +439,7 @@ def judge(model: QwenVL, encoder: Encoder, sample: Sample, cfg: Config) -> None:
     stream, tokenizer = DecodeStream(skip_special_tokens=True), encoder.tokenizer.backend_tokenizer
     [(_, found)] = predict(
         model, encoder, [sample], [0], cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, watch=None
-        if cfg.json else lambda new: print(stream.step(tokenizer, int(new)) or "", end="", flush=True))
+        if cfg.json else lambda new: print(stream.step(tokenizer, new[0]) or "", end="", flush=True))
     said = [f"{found[f'{s}_pred'] or 'unreadable'}, P(harmful) {found[f'{s}_p']}" for _, s in TASKS]
     shown = f"\n\nrequest: {said[0]}\nresponse: {said[1] if sample.response else 'none given'}\n"
     print(json.dumps({"id": sample.id, **found}) if cfg.json else shown, flush=True)

@@ -17,6 +17,7 @@ means of micro-batches); the clip range really decays (in the release it never r
 
 import json
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +26,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, option, pack, progress,
-                  read_samples)
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack, progress,
+                  read_samples, saving_memory)
 from evaluate import compute_metrics, evaluate_samples
 from model import CheckpointError, Completion, QwenVL, Ranks, replica, sample, save, start_ranks
 from reward import FLOOR, Reward, score
-from sft import (Run, compute_in, in_step, load_for_training, make_optimizer, stream, training_speed,
+from sft import (Run, StopSignal, compute_in, in_step, load_for_training, make_optimizer, stream, training_speed,
                  update)
 
 # The metrics on the screen.
@@ -78,6 +79,18 @@ class Config:
     min_pixels: int | None = option(None, "smallest image area; default: as in SFT (the release: 262144)")
     max_pixels: int | None = option(None, "largest image area; default: as in SFT (the release: 4194304)")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping")
+
+    @property
+    def to_save_memory(self) -> str:
+        """What to try when memory runs out in the update. A row holds at least a prompt and a completion."""
+        shorter = halved("--pack-tokens", self.pack_tokens, self.max_prompt_tokens + self.max_new_tokens)
+        return f"{shorter or halved('--max-new-tokens', self.max_new_tokens)}, or more ranks"
+
+    @property
+    def to_save_rollout_memory(self) -> str:
+        """What to try when memory runs out while sampling. The completions of one prompt run together."""
+        fewer = halved("--max-branches", self.max_branches, self.group)
+        return f"{fewer or halved('--max-new-tokens', self.max_new_tokens)}, or more ranks"
 
     @property
     def beta(self) -> float:
@@ -208,7 +221,7 @@ def with_old_logprobs(
     done = []
     for batch, _ in in_step(batches, ranks):
         with compute_in(compute, model):
-            old, _ = model(batch.row.to(ranks.device), cfg.temperature, encoder.banned_ids)
+            old, _ = model(batch.row, cfg.temperature, encoder.banned_ids)
         advantages, sampled = batch.advantages.to(ranks.device), batch.sampled.to(ranks.device)
         done.append(replace(batch, advantages=advantages, sampled=sampled, old=old))
     return done[: len(batches)]
@@ -252,11 +265,20 @@ def write_rollouts(run: Run, groups: list[Group], step: int, clip: float) -> Non
             file.writelines(line for _, line in lines)
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give back what the allocator keeps of freed memory: sampling and updates need blocks of other sizes, and the
+    sampler sizes its caches by what is free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def held_out(policy: QwenVL, encoder: Encoder, samples: list[Sample], cfg: Config, ranks: Ranks) -> dict:
     """Greedy F1 and lengths on the validation samples, sharded over the ranks."""
     mine = samples[ranks.rank :: ranks.world]
     limits = cfg.max_new_tokens, cfg.max_branches
-    found = ranks.gather(evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0))
+    with saving_memory(cfg.to_save_rollout_memory):
+        found = evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0)
+    found = ranks.gather(found)
     return {f"val_{name}": value for name, value in compute_metrics(found).items()}
 
 
@@ -289,7 +311,7 @@ def optimise(model, optimizer, groups: list[Group], encoder, cfg: Config, clip: 
 
     def loss_of(batch: Batch, real: bool) -> Tensor:
         with compute_in(compute, model):
-            new, entropy = model(batch.row.to(ranks.device), cfg.temperature, encoder.banned_ids)
+            new, entropy = model(batch.row, cfg.temperature, encoder.banned_ids)
         loss, metrics = policy_loss(new, batch.old, batch.advantages, clip)
         if real:
             trains = batch.advantages != 0
@@ -335,17 +357,21 @@ def main(cfg: Config) -> None:
         policy = replica(model, compute, policy)
         run.log(0, held_out(policy, encoder, validation, cfg, ranks), SHOWN, last)
 
+    stop = StopSignal(ranks)
     for step in range(done + 1, last + 1):
         began = time.perf_counter()
         indices = stream(len(samples), (step - 1) * cfg.rollout_batch, cfg.rollout_batch, cfg.seed)
         prompts = {i: samples[indices[i]] for i in range(ranks.rank, cfg.rollout_batch, ranks.world)}
         policy = replica(model, compute, policy)
-        # Completions, rewards, advantages: Eq. (7) to (10)
-        groups = roll_out(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
+        with saving_memory(cfg.to_save_rollout_memory):  # completions, rewards, advantages: Eq. (7) to (10)
+            groups = roll_out(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
         sampled = time.perf_counter()
         slowest = ranks.reduce(sampled - began, "max")
         clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)  # B_s, Eq. (7)
+        policy = None  # what it takes is the update's; the next rollout makes it again
+        empty_cache(ranks.device)
         metrics = optimise(model, optimizer, groups, encoder, cfg, clip, compute, ranks)  # Eq. (6)
+        empty_cache(ranks.device)
         updated = time.perf_counter()
         metrics = rollout_metrics(groups, ranks) | metrics
         metrics |= {"clip": clip, "lr": cfg.lr}
@@ -357,8 +383,12 @@ def main(cfg: Config) -> None:
             metrics |= held_out(policy, encoder, validation, cfg, ranks)
         write_rollouts(run, groups, step, clip)
         run.log(step, metrics, SHOWN, last)
-        if step % cfg.save_every == 0 or step == last:
+        stopped = stop.agreed()
+        if step % cfg.save_every == 0 or step == last or stopped:
             run.checkpoint(step, model, optimizer)
+        if stopped:
+            sys.exit(128 + stopped)
+    stop.restore()
     save(model, cfg.out, cfg.model, compute)
     if ranks.rank == 0:
         encoder.write(cfg.out)

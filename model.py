@@ -15,25 +15,30 @@ P patches, N prompts, B branches (completions being sampled). Stills only: a gri
 """
 
 import atexit
-import copy
 import ctypes
 import hashlib
 import json
+import math
 import os
 import shutil
+import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from functools import cache
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -114,49 +119,116 @@ def build_config(kind: type, values: dict):
         raise CheckpointError(f"config.json: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------ packed attention
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def has_varlen(x: Tensor) -> bool:
+    """Whether torch has variable-length attention for x: on CUDA, in half precision."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def ends_of(lengths: list[int], device) -> Tensor:
+    """[0, l_0, l_0 + l_1, ...], int32: where each sequence of a packed tensor begins and ends."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+
+
+class Run(NamedTuple):
+    """Neighbouring segments that one batched call serves: alike in length and prefix."""
+
+    count: int  # segments
+    length: int  # tokens of each
+    prefix: int | None  # index of the run that is their prefix
 
 
 class PackedAttention:
     """Attention over one packed row: segments of the given lengths tile it; each sees itself and its prefix.
 
-    prefixes: for each segment the index of the segment it extends, or None; a prefix itself extends nothing.
-    Neighbours alike in length and prefix (vision windows, completions of one length) form a run, one batched
-    call. Calls take q [T, H, d] and k, v [T, K, d] and return [T, H, d]. With `keep`, every call's keys and
-    values are kept, layer by layer: the prefill of sampling.
+    prefixes: for each segment the index of the segment it extends, or None; a prefix extends nothing itself.
+    causal: within its own segment a token sees what stands before it (text), or everything (the windows and
+    images of the vision tower). Calls take q [T, H, d] and k, v [T, K, d] and return [T, H, d].
+
+    A prompt p of 4 tokens with completions a, b, c of 2, 2 and 3 is lengths [4, 2, 2, 3] and prefixes
+    [None, 0, 0, 0]. Every segment asks a sequence of keys, and causality counts from the last key back:
+
+        queries     p p p p     a a           b b           c c c
+        keys        p p p p     p p p p a a   p p p p b b   p p p p c c c
+
+    On CUDA in half precision that is one call for the whole row. Elsewhere it is one call per run: p; a and b
+    together; c. With record_kv the keys and values of every call are recorded, layer by layer: the prefill.
     """
 
-    def __init__(self, lengths: list[int], prefixes: list[int | None], causal: bool, device, keep: bool = False):
-        self.causal, self.kept = causal, [] if keep else None
-        self.runs = []  # (segments, length of each, run of their prefix or None, mask or None)
-        shared, run_of, i = {p for p in prefixes if p is not None}, {}, 0
-        while i < len(lengths):
-            j = i + 1
-            while j < len(lengths) and (lengths[j], prefixes[j]) == (lengths[i], prefixes[i]) and not {i, j} & shared:
-                j += 1
-            prefix, mask = run_of.get(prefixes[i]), None
-            if prefix is not None:  # [length, prefix + length], True where a query sees a key
-                seen = self.runs[prefix][1]
-                mask = torch.ones(lengths[i], seen + lengths[i], dtype=torch.bool, device=device).tril(seen)
-            run_of[i] = len(self.runs)
-            self.runs.append((j - i, lengths[i], prefix, mask))
-            i = j
+    def __init__(self, lengths: list[int], prefixes: list[int | None], causal: bool, device, record_kv: bool = False):
+        self.lengths, self.prefixes, self.causal, self.device = lengths, prefixes, causal, device
+        self.recorded_kv: list[tuple[Tensor, Tensor]] | None = [] if record_kv else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> Tensor:
-        if self.kept is not None:
-            self.kept.append((k, v))
-        sizes = [count * length for count, length, _, _ in self.runs]
-        q, k, v = (
-            [part.unflatten(0, run[:2]).transpose(1, 2) for part, run in zip(x.split(sizes), self.runs)]
-            for x in (q, k, v)
-        )  # per run: [segments, heads, length, d]
+        if self.recorded_kv is not None:
+            self.recorded_kv.append((k, v))
+        return self._in_one_call(q, k, v) if has_varlen(q) else self._run_by_run(q, k, v)
+
+    @cached_property
+    def _sequences(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
+        """For variable-length attention: the index that gathers every segment's keys (None: they are the row's),
+        the ends of the sequences of queries and of keys, and the longest of both."""
+        tokens = torch.arange(sum(self.lengths)).split(self.lengths)
+        seen = [own if p is None else torch.cat([tokens[p], own]) for own, p in zip(tokens, self.prefixes)]
+        index = torch.cat(seen).to(self.device) if any(p is not None for p in self.prefixes) else None
+        key_lengths = [len(keys) for keys in seen]
+        ends = ends_of(self.lengths, self.device), ends_of(key_lengths, self.device)
+        return index, *ends, max(self.lengths), max(key_lengths)
+
+    def _in_one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        index, query_ends, key_ends, longest_query, longest_key = self._sequences
+        if index is not None:
+            k, v = k.index_select(0, index), v.index_select(0, index)
+        window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal, aligned to the last key
+        ends = query_ends, key_ends, longest_query, longest_key
+        return varlen_attn(q, k, v, *ends, window_size=window, enable_gqa=True)
+
+    @cached_property
+    def _runs(self) -> list[Run]:
+        """The row as runs. A segment that others extend is a run of its own."""
+        extended = {prefix for prefix in self.prefixes if prefix is not None}
+        runs, run_of, alike = [], {}, None
+        for i, (length, prefix) in enumerate(zip(self.lengths, self.prefixes)):
+            if i in extended:
+                run_of[i], alike = len(runs), None
+                runs.append(Run(1, length, None))
+            elif alike == (length, prefix):
+                runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            else:
+                alike = length, prefix
+                runs.append(Run(1, length, run_of.get(prefix)))
+        return runs
+
+    @cached_property
+    def _masks(self) -> list[Tensor | None]:
+        """For every run with a prefix what its tokens see of prefix and segment, bool [length, both]."""
+        masks = []
+        for run in self._runs:
+            before = None if run.prefix is None else self._runs[run.prefix].length
+            shape = (run.length, before + run.length) if before else (0, 0)
+            mask = torch.ones(shape, dtype=torch.bool, device=self.device).tril(before or 0)
+            masks.append(mask if before else None)
+        return masks
+
+    def _run_by_run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sizes = [run.count * run.length for run in self._runs]
+
+        def batched(x: Tensor) -> list[Tensor]:
+            """[T, heads, d] -> for every run [segments, heads, length, d]."""
+            parts = zip(x.split(sizes), self._runs)
+            return [part.unflatten(0, (run.count, run.length)).transpose(1, 2) for part, run in parts]
+
+        queries, keys, values = batched(q), batched(k), batched(v)
         outs = []
-        for i, (count, _, prefix, mask) in enumerate(self.runs):
-            keys, values = k[i], v[i]
-            if prefix is not None:
-                keys, values = (torch.cat([x[prefix].expand(count, -1, -1, -1), x[i]], dim=2) for x in (k, v))
-            how = {"is_causal": self.causal and mask is None, "enable_gqa": q[i].shape[1] != keys.shape[1]}
-            out = F.scaled_dot_product_attention(q[i], keys, values, mask, **how)
+        for i, (run, mask) in enumerate(zip(self._runs, self._masks)):
+            k, v = keys[i], values[i]
+            if mask is not None:  # one copy of the prefix for all segments of the run
+                k = torch.cat([keys[run.prefix].expand(run.count, -1, -1, -1), k], dim=2)
+                v = torch.cat([values[run.prefix].expand(run.count, -1, -1, -1), v], dim=2)
+            causal = self.causal and mask is None
+            out = F.scaled_dot_product_attention(queries[i], k, v, mask, is_causal=causal, enable_gqa=True)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)
 
@@ -164,7 +236,8 @@ class PackedAttention:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [T, heads, d] by a `rotation`, cos and sin [T, 1, d], in float32."""
     y = x.float()
-    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    halves_swapped = y.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(y * cos, halves_swapped, sin).to(x.dtype)
 
 
 def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +246,6 @@ def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
 
 
-@cache
 def inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
     """theta^(-2i/size) for i < size/2, float32."""
     return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
@@ -182,66 +254,19 @@ def inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor
 # ------------------------------------------------------------------------------------------------ layers
 
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weight [out, in], plus bias: F.linear, but on the CPU oneDNN's product for float32 and for
-    packed weights. torch's own choice there, MKL, is half as fast on AMD processors (180 to 400 GFLOP/s)."""
-    float32 = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if HAS_ONEDNN and (float32 or weight.is_mkldnn):
-        return (OneDNN.apply if torch.is_grad_enabled() else onednn)(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product in oneDNN; weight: plain, or packed."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class OneDNN(torch.autograd.Function):
-    """onednn with its gradients, which are products of the same kind."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return onednn(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
-        grad_x = onednn(grad, weight.T) if needed[0] else None
-        grad_weight = None
-        if needed[1]:  # with the longer side as columns it is up to 1.8 times as fast
-            wide = weight.shape[1] >= weight.shape[0]
-            grad_weight = onednn(grad.T, x.T) if wide else onednn(x.T, grad.T).T
-        return grad_x, grad_weight, grad.sum(0) if needed[2] else None
-
-
-class Linear(nn.Linear):
-    """nn.Linear, computed by `linear`."""
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, with the weight in the type of x: float32 master weights meet half-precision activations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SwiGLU(nn.Module):
     def __init__(self, size: int, inner: int, bias: bool):
         super().__init__()
-        self.gate_proj = Linear(size, inner, bias=bias)
-        self.up_proj = Linear(size, inner, bias=bias)
-        self.down_proj = Linear(inner, size, bias=bias)
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -254,14 +279,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = Linear(config.hidden_size, kv_size)
-        self.v_proj = Linear(config.hidden_size, kv_size)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.index).flatten(-2))
+        heads = q.shape[1], k.shape[1]
+        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).split(heads, dim=1)  # both at once
+        return self.o_proj(attend(q, k, v, self.index).flatten(-2))
 
 
 class DecoderLayer(nn.Module):
@@ -291,12 +318,14 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each [P, heads, d]
-        return self.proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
+        qkv = self.qkv(x).unflatten(-1, (3 * self.num_heads, -1))  # [P, 3 * heads, d]
+        qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
+        q, k = rotate(qk, cos, sin).chunk(2, dim=1)
+        return self.proj(attend(q, k, v).flatten(-2))
 
 
 class VisionBlock(nn.Module):
@@ -322,7 +351,7 @@ class PatchEmbed(nn.Module):
         self.proj.weight = nn.Parameter(torch.empty(shape))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
 
 
 class PatchMerger(nn.Module):
@@ -331,7 +360,7 @@ class PatchMerger(nn.Module):
         self.cell = config.spatial_merge_size**2
         inner = config.hidden_size * self.cell
         self.ln_q = RMSNorm(config.hidden_size, 1e-6)
-        self.mlp = nn.Sequential(Linear(inner, inner), nn.GELU(), Linear(inner, config.out_hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, config.out_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).unflatten(0, (-1, self.cell)).flatten(1))
@@ -374,12 +403,13 @@ class VisionTower(nn.Module):
         """pixels [P, 1176], grids of (1, rows, columns) patches -> [P / 4, D]. Windows are made contiguous once,
         and the order is undone once after the merger."""
         device, cell = pixels.device, self.config.spatial_merge_size**2
-        order, places, windows, images = self.layout(grids)
-        order, places = order.to(device), places.to(device)
-        patches = (order[:, None] * cell + torch.arange(cell, device=device)).flatten()
+        order, coordinates, windows, images = self.layout(grids)
+        patches = (order[:, None] * cell + torch.arange(cell)).flatten()  # [P], in window order
+        coordinates = coordinates[patches].to(device)
+        order, patches = order.to(device), patches.to(device)
         x = self.patch_embed(pixels[patches])
         head_dim = self.config.hidden_size // self.config.num_heads
-        angles = places[patches, :, None] * inverse_frequencies(head_dim // 2, 10000.0, device)  # [P, 2, d / 4]
+        angles = coordinates[..., None] * inverse_frequencies(head_dim // 2, 10000.0, device)  # [P, 2, d / 4]
         cos, sin = rotation(angles.flatten(1))
         in_windows = PackedAttention(windows, [None] * len(windows), causal=False, device=device)
         in_images = PackedAttention(images, [None] * len(images), causal=False, device=device)
@@ -399,54 +429,59 @@ def run_layer(layer: nn.Module, checkpointing: bool, *inputs) -> Tensor:
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities [S] of targets [S] and entropies [S] (a metric, without gradient), float32, from hidden
-    states [S, D] and the head [V, D]; logits are divided by temperature, banned ids have no probability.
+def scaled_logits(hidden: Tensor, head: Tensor, temperature: float, banned: tuple[int, ...]) -> Tensor:
+    """Logits [S, V] of hidden states [S, D], float32, divided by temperature and without banned ids."""
+    logits = F.linear(hidden, head).float()
+    if temperature != 1:
+        logits = logits / temperature
+    for token in banned:  # few, and no index has to travel to the device
+        logits[:, token] = -1e9
+    return logits
 
-    The logits of `chunk` tokens exist at a time; the backward pass computes them again and turns them into their
-    own gradient in place: d logprob_i / d logits_i = (one-hot of target_i - softmax_i).
+
+def token_logprobs(hidden, targets, head, temperature: float, banned: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [S] of targets [S], and entropies [S] (a metric, without gradient), both float32."""
+    logprobs = scaled_logits(hidden, head, temperature, banned).log_softmax(-1)  # [S, V]
+    with torch.no_grad():
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, targets[:, None]).squeeze(1), entropies
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """token_logprobs, `chunk` tokens at a time, so that (tokens x vocabulary) logits never exist as a whole.
+
+    Like torch.utils.checkpoint, the backward pass computes each chunk again; unlike it, it adds up the chunks'
+    gradients of the head in float32, whatever type the head is in.
     """
 
     @staticmethod
     def forward(ctx, hidden, targets, head, temperature: float, banned: tuple[int, ...], chunk: int):
-        ctx.options, parts = (temperature, banned, chunk), []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = scaled_logits(h, head, temperature, banned)
-            most, chosen = logits.amax(-1), logits.gather(1, t[:, None]).squeeze(1)
-            weights = (logits - most[:, None]).exp_()
-            sums = weights.sum(-1)
-            total = most + sums.log()
-            entropy = total - weights.mul_(logits).sum(-1) / sums
-            parts.append((chosen - total, entropy, total))
-        logprobs, entropy, totals = (torch.cat(x) for x in zip(*parts))
-        ctx.save_for_backward(hidden, targets, head, totals)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.save_for_backward(hidden, targets, head)
+        ctx.temperature, ctx.banned, ctx.chunk = temperature, banned, chunk
+        weight = head.to(hidden.dtype)
+        chunks = zip(hidden.split(chunk), targets.split(chunk))
+        logprobs, entropies = zip(*[token_logprobs(h, t, weight, temperature, banned) for h, t in chunks])
+        ctx.mark_non_differentiable(entropy := torch.cat(entropies))
+        return torch.cat(logprobs), entropy
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
-        hidden, targets, head, totals = ctx.saved_tensors
-        temperature, banned, chunk = ctx.options
-        grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[2] else None
-        for i in range(0, len(targets), chunk):
-            h, t, g = (x[i : i + chunk] for x in (hidden, targets, grad[:, None] / temperature))
-            d = scaled_logits(h, head, temperature, banned).sub_(totals[i : i + chunk, None]).exp_().mul_(-g)
-            d = d.scatter_add_(1, t[:, None], g).to(h.dtype)
-            grad_hidden[i : i + chunk] = linear(d, head.to(h.dtype).T)
-            if grad_head is not None:
-                grad_head += linear(d.T, h.T)
-        return grad_hidden, None, grad_head, None, None, None
-
-
-def scaled_logits(hidden: Tensor, head: Tensor, temperature: float, banned: tuple[int, ...]) -> Tensor:
-    """Logits [S, V], float32, divided by temperature and without banned ids."""
-    logits = linear(hidden, head.to(hidden.dtype)).float()
-    if temperature != 1:
-        logits /= temperature
-    if banned:
-        logits[:, list(banned)] = -1e9
-    return logits
+        hidden, targets, head = ctx.saved_tensors
+        weight = head.detach().to(hidden.dtype).requires_grad_()
+        head_trains, grad_head, grad_hidden = ctx.needs_input_grad[2], None, []
+        if head_trains:
+            grad_head = torch.zeros_like(head, dtype=torch.float32)
+        for h, t, g in zip(*(x.split(ctx.chunk) for x in (hidden, targets, grad))):
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                logprobs, _ = token_logprobs(h, t, weight, ctx.temperature, ctx.banned)
+            wanted = (h, weight) if head_trains else (h,)
+            grad_h, *grad_weight = torch.autograd.grad(logprobs, wanted, g)
+            grad_hidden.append(grad_h)
+            for gradient in grad_weight:
+                grad_head += gradient
+        grad_head = grad_head.to(head.dtype) if head_trains else None
+        return torch.cat(grad_hidden), None, grad_head, None, None, None
 
 
 class QwenVL(nn.Module):
@@ -460,9 +495,14 @@ class QwenVL(nn.Module):
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpointing = False  # recompute activations in the backward pass
         self.sharded = False  # set by shard()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.embed_tokens.weight.device
 
     @property
     def head(self) -> Tensor:
@@ -473,39 +513,45 @@ class QwenVL(nn.Module):
         """Log-probabilities and entropies [S] of the row's supervised tokens, in row order, float32.
 
         One function for SFT, old and new policy, Eq. (3) and (7). The head runs in chunks of head_chunk tokens, so
-        (tokens x vocabulary) logits never exist as a whole.
+        (tokens x vocabulary) logits never exist as a whole. Rows lie on the CPU, where all that depends on their
+        content is worked out: the device is never waited for.
         """
-        hidden = self.hidden(row)
-        hidden, targets = hidden[predecessors(row)[row.supervised]], row.ids[row.supervised]
-        if torch.is_autocast_enabled(hidden.device.type):  # which does not reach TokenLogprobs.backward
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        return TokenLogprobs.apply(hidden, targets, self.head, temperature, banned, self.head_chunk)
+        targets = row.supervised.nonzero().squeeze(1)  # [S]
+        sources = predecessors(row)[targets]
+        hidden = self.hidden(row).index_select(0, sources.to(self.device))
+        if torch.is_autocast_enabled(self.device.type):  # which does not reach into ChunkedLogprobs
+            hidden = hidden.to(torch.get_autocast_dtype(self.device.type))
+        ids = row.ids[targets].to(self.device)
+        return ChunkedLogprobs.apply(hidden, ids, self.head, temperature, banned, self.head_chunk)
 
     def logits(self, row) -> Tensor:
         """Logits [T, V] of every token: for tests and short rows only."""
-        return linear(self.hidden(row), self.head)
+        return F.linear(self.hidden(row), self.head)
 
-    def hidden(self, row, attend=None) -> Tensor:
+    def hidden(self, row, attend: PackedAttention | None = None) -> Tensor:
         """Final hidden states [T, D] of a packed row. `attend` replaces the row's own attention (prefill)."""
         if attend is None:
-            attend = row_attention(row)
+            attend = row_attention(row, self.device)
         x = self.embed(row)
-        cos, sin = self.rope(row.positions)
+        cos, sin = self.rope(row.positions.to(self.device))
         for layer in self.model.layers:
             x = run_layer(layer, self.checkpointing, x, cos, sin, attend)
         return self.model.norm(x)
 
     def embed(self, row) -> Tensor:
         """Token embeddings [T, D], with the image tokens replaced by what the vision tower saw."""
-        x = self.model.embed_tokens(row.ids)
-        places = (row.ids == self.config.image_token_id).nonzero().squeeze(1)
+        image_tokens = (row.ids == self.config.image_token_id).nonzero().squeeze(1)
         features = sum(t * h * w for t, h, w in row.grids) // self.config.vision.spatial_merge_size**2
-        if len(places) != features:
-            raise ValueError(f"{len(places)} image tokens in the row, but its images give {features} features")
+        if len(image_tokens) != features:
+            raise ValueError(f"{len(image_tokens)} image tokens in the row, but its images give {features} features")
+        x = self.model.embed_tokens(row.ids.to(self.device))
+        if torch.is_autocast_enabled(self.device.type):  # the residual stream is in the compute type, on one rank
+            x = x.to(torch.get_autocast_dtype(self.device.type))  # as on several
         if row.grids:
-            return x.index_copy(0, places, self.visual(row.pixels, row.grids).to(x.dtype))
+            images = self.visual(row.pixels.to(self.device), row.grids).to(x.dtype)
+            return x.index_copy(0, image_tokens.to(self.device), images)
         if self.sharded:  # every rank must take part in the tower's collectives: one blank cell, with weight zero
-            blank = torch.zeros(4, 1176, device=x.device)
+            blank = torch.zeros(4, 1176, device=self.device)
             return x + 0.0 * self.visual(blank, [(1, 2, 2)]).sum()
         return x
 
@@ -518,10 +564,10 @@ class QwenVL(nn.Module):
         return rotation(torch.cat([section[i] for i, section in enumerate(sections)], dim=-1))
 
 
-def row_attention(row, keep: bool = False) -> PackedAttention:
+def row_attention(row, device, record_kv: bool = False) -> PackedAttention:
     """The causal attention of a packed row."""
     lengths, prefixes = [s.length for s in row.segments], [s.prefix for s in row.segments]
-    return PackedAttention(lengths, prefixes, True, row.ids.device, keep)
+    return PackedAttention(lengths, prefixes, True, device, record_kv)
 
 
 def predecessors(row) -> Tensor:
@@ -606,7 +652,7 @@ def load(path: str, device: str | torch.device = "cpu", dtype: torch.dtype | Non
             raise CheckpointError(f"{folder}: {name} holds {found[name].dtype}, not floating-point numbers")
         if not torch.stack(found[name].aminmax()).isfinite().all():  # NaN comes through
             raise CheckpointError(f"{folder}: {name} holds NaN or infinite numbers")
-        found[name] = found[name].to(device, dtype)
+        found[name] = found[name].to(device).to(dtype or found[name].dtype)  # converted where it will live
     model.load_state_dict(found, assign=True)
     return model
 
@@ -677,36 +723,58 @@ class Ranks:
 
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks instead of handing them back to the system, which costs a page fault per
-    4 KB when they are needed again, step after step. Elsewhere there is no mallopt, and nothing to do."""
+    4 KB when they are needed again, step after step. For CPU runs: beside a GPU it would keep the float32 weights
+    of every rank in host memory for the whole job. Elsewhere there is no mallopt, and nothing to do."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-4, 0)) if mallopt else ():
         mallopt(parameter, value)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
 
+def choose_device(name: str, local_rank: int | None) -> torch.device:
+    """The device of this process; "auto" is CUDA, else MPS, else the CPU. On CUDA it becomes the current one.
+
+    local_rank: this process's number on its machine if there are several ranks, each with a GPU of that index.
+    OSError if the device cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            index = device.index or 0  # "cuda" has the index None, which set_device refuses
+            device = torch.device("cuda", index if local_rank is None else local_rank)
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # says why, if it cannot be used
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"device {name} cannot be used here: {reason}") from error
+    return device
+
+
 def start_ranks(device: str = "auto") -> Ranks:
     """Read torchrun's environment, choose this process's device and, with several ranks, join the group."""
-    keep_freed_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-        if place.type == "cuda":
-            place = torch.device("cuda", place.index if world == 1 else int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(place)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise OSError(f"device {device} cannot be used here: {str(error).partition(chr(10))[0]}") from error
+    place = choose_device(device, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
+    if place.type == "cpu":
+        keep_freed_memory()
+    if place.type == "cuda":
+        # cuDNN's attention builds a graph for every new shape, and packed rows hardly ever repeat a shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1:
-        patience = timedelta(hours=6)  # a rank may wait at a barrier while others still generate
+        # Ranks may wait in a collective while one of them still generates: its outputs can be the longest by far.
+        patience = timedelta(hours=1)
         torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=patience)
-        atexit.register(leave_group)  # after the stage, whatever became of it
+        atexit.register(leave_group)  # not after an error, which ends the process at once (data.end_process)
+        # Ctrl-C ends a rank that waits for others, too, where Python could not handle the signal.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     return Ranks(rank, world, place)
 
 
 def leave_group() -> None:
-    """Close the process group, and let its threads run: one that still waits for Python when the interpreter ends
-    (to drop what the last collective held) aborts the process, about one run in twenty on a busy machine."""
+    """Close the process group after success, and let its threads run: one that still waits for Python when the
+    interpreter ends (to drop what the last collective held) aborts the process, about one run in twenty on a busy
+    machine."""
     torch.distributed.destroy_process_group()
     time.sleep(0.5)
 
@@ -719,18 +787,27 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
-    """FSDP2: every block's parameters, gradients and optimizer state are cut over the ranks. Master weights
-    stay float32; blocks compute in `compute`; gradients are reduced in float32. A single rank stays whole."""
-    if ranks.world == 1:
-        return model
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    """The model as it trains: float32 master weights on the rank's device. `model` is as loaded to the CPU, in its
+    stored type, and is moved and converted block by block: no float32 copy of it exists on the host.
 
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    With several ranks (FSDP2) every block's parameters, gradients and optimizer state are cut over the ranks;
+    blocks compute in `compute`; gradients are reduced in float32. A single rank stays whole.
+    """
+    if ranks.world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*model.visual.blocks, *model.model.layers, model]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    model.sharded = True
+        for module in block.modules():
+            for name, old in module.named_parameters(recurse=False):
+                if old.device != ranks.device or old.dtype != torch.float32:  # else it is sharded already, or fits
+                    new = old.detach().to(ranks.device).float()
+                    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        if ranks.world > 1:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    model.sharded = ranks.world > 1
     return model
 
 
@@ -767,23 +844,35 @@ class Completion:
     finished: bool
 
 
-def choose(probs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Next tokens [B], drawn from the most likely of probs [B, V] that make up top_p.
+NUCLEUS_TOKENS = 1024  # in which the nucleus nearly always lies: finding these is much cheaper than sorting all
+REFILL_SHARE = 1 / 4  # new prompts are taken when so much of the batch is free: refilling copies the caches,
+COMPACT_SHARE = 1 / 8  # and finished branches are dropped when so much of the batch are finished: so does that
+CACHE_SHARE = 0.75  # of a GPU's free memory, for keys and values; the rest is for prefills and logits
+CACHE_TOKENS = 2**20  # whose keys and values may be held at a time where the free memory is not known
 
-    Inverse-CDF sampling with one given uniform number per branch [B]: what a branch draws then depends on its
-    own random stream alone, not on what else is in the batch.
+
+def nucleus(probs: Tensor, top_p: float, size: int) -> tuple[Tensor, Tensor]:
+    """probs [B, V] without the tokens outside the nucleus: the most likely ones whose probabilities first reach
+    top_p together, and all as likely as the last of them. It is sought among the `size` most likely tokens; also
+    returned is where it was found [B], everywhere for size V."""
+    top = probs.topk(size, dim=-1).values  # descending
+    total = top.cumsum(-1)
+    missed = (total - top) >= max(top_p, 1e-9)  # reached before this token; the first always stays
+    least = top.masked_fill(missed, 2.0).amin(-1, keepdim=True)
+    return probs.masked_fill(probs < least, 0.0), total[:, -1] >= top_p
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """One token [B] of each distribution [B, V], which need not sum to one, by one uniform number per row [B].
+
+    Inverse-CDF sampling: what a branch draws depends on its own random stream alone, not on what else is in the
+    batch. Probabilities that are not numbers give some token, whose log-probability then is none either.
     """
-    if top_p < 1:
-        ranked, ids = probs.sort(-1, descending=True)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= max(top_p, 1e-9), 0.0)  # the first always stays
-        probs = torch.zeros_like(probs).scatter(1, ids, ranked)
     cumulative = probs.cumsum(-1)
     point = uniform * (1 - 2.0**-20) * cumulative[:, -1]  # strictly inside, whatever the rounding
-    token = torch.searchsorted(cumulative, point[:, None], right=True)
+    token = torch.searchsorted(cumulative, point[:, None], right=True).clamp(max=probs.shape[1] - 1)
     impossible = probs.gather(1, token) == 0  # where a parallel cumsum is not monotone to the last bit
-    if impossible.any():
-        token = torch.where(impossible, probs.argmax(-1, keepdim=True), token)
-    return token.squeeze(1)
+    return torch.where(impossible, probs.argmax(-1, keepdim=True), token).squeeze(1)
 
 
 def random_stream(seed: int, key: int, branch: int, length: int) -> Tensor:
@@ -792,137 +881,198 @@ def random_stream(seed: int, key: int, branch: int, length: int) -> Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
 
 
-def pad_to(x: Tensor, size: int) -> Tensor:
-    """x [..., t, d] with zeros appended to [..., size, d]."""
-    return F.pad(x, (0, 0, 0, size - x.shape[-2]))
+class KVCache:
+    """Keys and values of several sequences, the rows: for every layer a pair of [rows, capacity, K, d]. What lies
+    beyond a row's length is zero or another token's, and never counts."""
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def shape(self) -> tuple[int, int]:
+        """(rows, capacity)."""
+        return tuple(self.layers[0][0].shape[:2]) if self.layers else (0, 0)
+
+    def append(self, new: list[tuple[Tensor, Tensor]]) -> None:
+        """Add rows: for every layer keys and values [new rows, capacity, K, d], whatever their capacity. The list
+        is emptied on the way, and layers are replaced one by one: two whole caches never exist."""
+        capacity = max(self.shape()[1], new[0][0].shape[1])
+        old = self.layers or [(k[:0], v[:0]) for k, v in new]
+        self.layers = []
+        for _ in range(len(old)):
+            pairs = zip(old.pop(0), new.pop(0))
+            self.layers.append(tuple(torch.cat([resized(a, capacity), resized(b, capacity)]) for a, b in pairs))
+
+    def change(self, capacity: int, rows: Tensor | None = None) -> None:
+        """Keep these rows (None: all), with this capacity; layer by layer, too."""
+        for i, pair in enumerate(self.layers):
+            self.layers[i] = ()
+            kept = pair if rows is None else [x[rows, :capacity] for x in pair]
+            self.layers[i] = tuple(resized(x, capacity) for x in kept)
 
 
-def packed(module: nn.Module) -> nn.Module:
-    """The module for decoding on the CPU: a second copy of its Linear weights, in oneDNN's blocked order, makes
-    products with a few rows up to twice as fast; all else is shared with the original."""
-    twin = copy.copy(module)
-    twin._modules = {name: packed(child) for name, child in module._modules.items()}
-    if isinstance(module, Linear):
-        twin._parameters = module._parameters | {"weight": pack(module.weight)}
-    return twin
+def resized(x: Tensor, capacity: int) -> Tensor:
+    """x [rows, t, K, d], cut or padded with zeros to [rows, capacity, K, d]."""
+    return F.pad(x, (0, 0, 0, 0, 0, capacity - x.shape[1])) if x.shape[1] < capacity else x[:, :capacity].contiguous()
 
 
-def packable(weight: Tensor) -> bool:
-    """Whether oneDNN takes weights of this kind on this machine."""
-    if not HAS_ONEDNN or not weight.is_cpu or weight.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+class CachedAttention:
+    """Decoding attention: each of B branches asks one row of a cache; branches of one row ask together.
 
-
-def pack(weight: Tensor) -> Tensor:
-    """The weight in the blocked order that `onednn` multiplies fastest with."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-
-
-class Branches:
-    """The completions being sampled: B branches of N prompts, kept sorted by prompt.
-
-    Each prompt's keys and values exist once, padded to the longest prompt; each branch adds those of its own
-    tokens. `state` holds one tensor per property of a branch, first dimension B: owner (index of its prompt), key
-    and branch (the caller's names for it), length (tokens generated), position (of the next token), alive, ids and
-    logprobs [B, limit], uniform (its random numbers [B, limit]) and hidden (of its last token [B, D]).
+    row_of: the row of every branch, ascending; every row is asked.
     """
 
-    def __init__(self, model: QwenVL, limit: int):
-        self.model, self.limit = model, limit
-        layers, head = model.model.layers, model.head
-        small = sum(weight.nbytes for weight in layers.parameters()) < 2**30  # of what is larger, no second copy
-        if small and packable(head):
-            layers, head = [packed(layer) for layer in layers], pack(head)
-        self.layers, self.head = layers, head
-        self.prompt_kv: list[Tensor] = []  # per layer [2, N, K, P, d]
-        self.own_kv: list[Tensor] = []  # per layer [2, B, K, R, d]; R grows with the longest branch
-        self.prompt_length = None  # [N]
+    def __init__(self, row_of: list[int], device):
+        counts = list(Counter(row_of).values())
+        first = [0, *accumulate(counts)]
+        self.most = max(counts)
+        self.ends = ends_of(counts, device)
+        self.row_numbers = torch.arange(len(counts) + 1, dtype=torch.int32, device=device)
+        # [rows, most]: the branches of every row; a row with fewer repeats its last one
+        members = [[first[row] + min(i, n - 1) for i in range(self.most)] for row, n in enumerate(counts)]
+        self.members = torch.tensor(members, device=device)
+        self.row_of = torch.tensor(row_of, device=device)
+        self.slot_of = torch.tensor([i - first[row] for i, row in enumerate(row_of)], device=device)
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """q [B, H, d], keys and values [rows, capacity, K, d], lengths [rows], int32, and the longest of them.
+        Returns [B, H, d] and the logarithm of each softmax's normaliser [B, H], float32."""
+        if has_varlen(q):
+            key_starts = self.row_numbers * keys.shape[1]
+            out, lse = varlen_attn(
+                q, keys.flatten(0, 1), values.flatten(0, 1), self.ends, key_starts, self.most, longest,
+                return_aux=AuxRequest(lse=True), enable_gqa=True, seqused_k=lengths,
+            )  # fmt: skip
+            return out, lse.T
+        keys, values = keys[:, :longest], values[:, :longest]
+        if self.most == 1:
+            return tuple(x.squeeze(1) for x in plain_attention(q[:, None], keys, values, lengths))
+        return tuple(x[self.row_of, self.slot_of] for x in plain_attention(q[self.members], keys, values, lengths))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention in its own formula, float32: q [X, Q, H, d] to the first lengths [X] of keys and values
+    [X, t, K, d] -> [X, Q, H, d] in q's type, and the logarithm of the softmax's normaliser [X, Q, H], float32."""
+    outside = torch.arange(k.shape[1], device=k.device) >= lengths[:, None, None]  # [X, 1, t]
+    groups = q.unflatten(2, (k.shape[2], -1)).unbind(2)  # for every key head its [X, Q, H / K, d]
+    outs, lses = [], []
+    for group, keys, values in zip(groups, k.unbind(2), v.unbind(2)):  # one key head at a time: no copy of the cache
+        queries = group.flatten(1, 2).float() * q.shape[-1] ** -0.5
+        scores = torch.bmm(queries, keys.float().transpose(1, 2)).masked_fill_(outside, float("-inf"))
+        lse = scores.logsumexp(-1)  # [X, Q * H / K]
+        outs.append(torch.bmm((scores - lse[..., None]).exp_(), values.float()).to(q.dtype).view_as(group))
+        lses.append(lse.view(group.shape[:3]))
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+@dataclass
+class Branch:
+    """One completion while it is sampled."""
+
+    key: int  # the caller's name of its prompt
+    number: int  # among the completions of its prompt
+    prompt: int  # row of its prompt in the prompts' cache
+    ids: list[int]
+    logprobs: list[float]
+    steps: int = 0  # tokens drawn, those after its end included
+    done: bool = False
+
+
+class DecodeBatch:
+    """The completions being sampled: B branches of N prompts, kept sorted by prompt. Each prompt's keys and values
+    exist once; each branch adds those of its own tokens. With two branches of one prompt and one of another:
+
+        prompts' cache [N, P, K, d]      own cache [B, R, K, d]
+          row 0: p p p p .                 branch 0, of prompt 0: a a .
+                                           branch 1, of prompt 0: b b b
+          row 1: q q q q q                 branch 2, of prompt 1: c . .
+
+    The host knows every branch's tokens (branches). On the device are, for each branch: hidden [B, D] of its newest
+    token, token [B] itself, its position [B], its index among the branch's own tokens [B], length [B] of these in
+    the own cache (the same number, int32 as attention takes it), and random numbers [B, limit].
+    """
+
+    def __init__(self, model: QwenVL, n: int, limit: int, seed: int):
+        self.model, self.n, self.limit, self.seed = model, n, limit, seed
+        self.branches: list[Branch] = []
+        self.prompts, self.prompt_lengths = KVCache(), []
+        self.own = KVCache()
         self.state: dict[str, Tensor] = {}
 
-    def __len__(self) -> int:
-        return len(self.state["owner"]) if self.state else 0
+    def cached_tokens(self, more: list) -> int:
+        """Tokens that the caches would hold with these prompts (rows) too, once all branches are at the limit."""
+        lengths = self.prompt_lengths + [len(row.ids) for row in more]
+        return len(lengths) * max(lengths, default=0) + (len(self.branches) + len(more) * self.n) * self.limit
 
-    def admit(self, prompts: list[tuple[int, object]], n: int, seed: int) -> None:
+    def add_prompts(self, prompts: list[tuple[int, object]]) -> None:
         """Encode new prompts (vision tower and text once each) and open n branches of every one."""
-        keys, rows = zip(*prompts)
-        device = self.model.head.device
-        row = rows[0].join(*rows[1:]).to(device)
-        recorder = row_attention(row, keep=True)
-        hidden = self.model.hidden(row, recorder)
-        start, length = torch.tensor([(s.start, s.length) for s in row.segments], device=device).T
-        self._add_prompts(recorder.kept, start, length)
+        model, device = self.model, self.model.device
+        rows = [row for _, row in prompts]
+        row, lengths = rows[0].join(*rows[1:]), [len(row.ids) for row in rows]
+        attention = row_attention(row, device, record_kv=True)
+        hidden = model.hidden(row, attention)
+        start = torch.tensor([segment.start for segment in row.segments])
+        tokens = torch.arange(max(lengths)) + start[:, None]  # [new prompts, P]; beyond a prompt other tokens follow
+        tokens = tokens.clamp(max=len(row.ids) - 1).to(device)
+        kv_shape = (0, *attention.recorded_kv[0][0].shape[1:])
+        self.prompts.append([(k[tokens], v[tokens]) for k, v in drain(attention.recorded_kv)])
 
-        branches = [(key, branch) for key in keys for branch in range(n)]
-        streams = torch.stack([random_stream(seed, *names, self.limit) for names in branches]).to(device)
-        owner = torch.arange(len(rows), device=device) + len(self.prompt_length) - len(rows)
-        last = (start + length - 1).repeat_interleave(n)
-        blank = torch.zeros(len(branches), self.limit, device=device)
+        first, names = len(self.prompt_lengths), [(key, i) for key, _ in prompts for i in range(self.n)]
+        owners = [first + i // self.n for i in range(len(names))]
+        self.prompt_lengths += lengths
+        self.branches += [Branch(key, number, owner, [], []) for (key, number), owner in zip(names, owners)]
+        own = hidden.new_zeros(len(names), max(1, self.own.shape()[1]), *kv_shape[1:])
+        self.own.append([(own, own) for _ in model.model.layers])
+        last = (start + torch.tensor(lengths) - 1).repeat_interleave(self.n)
         new = {
-            "owner": owner.repeat_interleave(n),
-            "key": torch.tensor(branches, device=device)[:, 0],
-            "branch": torch.tensor(branches, device=device)[:, 1],
-            "length": torch.zeros_like(last),
+            "hidden": hidden[last.to(device)],
+            "token": torch.zeros_like(last),
             "position": row.positions[0, last] + 1,  # a prompt ends in text, whose three coordinates are equal
-            "alive": torch.ones_like(last, dtype=torch.bool),
-            "ids": blank.long(),
-            "logprobs": blank,
-            "uniform": streams,
-            "hidden": hidden[last],
+            "index": torch.zeros_like(last),
+            "length": torch.zeros_like(last, dtype=torch.int32),
+            "random": torch.stack([random_stream(self.seed, *name, self.limit) for name in names]),
         }
-        self.state = {k: torch.cat([self.state[k], v]) if k in self.state else v for k, v in new.items()}
-        kv = recorder.kept[0][0]
-        size = self.own_kv[0].shape[-2] if self.own_kv else 0
-        fresh = kv.new_zeros(2, len(branches), kv.shape[1], size, kv.shape[2])
-        self.own_kv = [torch.cat([x, fresh], dim=1) for x in self.own_kv] or [fresh.clone() for _ in recorder.kept]
-        self._group()
+        for name, values in new.items():
+            values = values.to(device)
+            self.state[name] = torch.cat([self.state[name], values]) if name in self.state else values
+        self._prepare()
 
-    def _add_prompts(self, kept: list[tuple[Tensor, Tensor]], start: Tensor, length: Tensor) -> None:
-        """Append the prefill's keys and values [T, K, d], cut by prompt and padded to the longest."""
-        old = self.prompt_kv[0].shape[-2] if self.prompt_kv else 0
-        size = max(int(length.max()), old)
-        place = (start[:, None] + torch.arange(size, device=start.device)).clamp(max=len(kept[0][0]) - 1)  # [N, P]
-        new = [torch.stack([x[place] for x in kv]).transpose(2, 3) for kv in kept]
-        self.prompt_kv = [
-            torch.cat([pad_to(a, size), b], dim=1) for a, b in zip(self.prompt_kv, new)
-        ] or new
-        self.prompt_length = length if self.prompt_length is None else torch.cat([self.prompt_length, length])
+    def select(self, kept: list[int]) -> None:
+        """Keep these branches (ascending), and the prompts that still have one."""
+        index = torch.tensor(kept, dtype=torch.long, device=self.model.device)
+        self.branches = [self.branches[i] for i in kept]
+        self.state = {name: values[index] for name, values in self.state.items()}
+        self.own.change(self.own.shape()[1], index)
+        used = sorted({branch.prompt for branch in self.branches})
+        if len(used) < len(self.prompt_lengths):
+            self.prompt_lengths = [self.prompt_lengths[i] for i in used]
+            index = torch.tensor(used, dtype=torch.long, device=self.model.device)
+            self.prompts.change(max(self.prompt_lengths, default=0), index)
+            for branch in self.branches:
+                branch.prompt = used.index(branch.prompt)
+        self._prepare()
 
-    def keep(self, index: Tensor) -> None:
-        """Keep the branches of `index` (ascending), and the prompts that still have one."""
-        self.state = {k: v[index] for k, v in self.state.items()}
-        self.own_kv = [x[:, index] for x in self.own_kv]
-        used = self.state["owner"].unique()
-        if len(used) < len(self.prompt_length):
-            self.prompt_length = self.prompt_length[used]
-            longest = int(self.prompt_length.max()) if len(used) else 0
-            self.prompt_kv = [x[:, used, :, :longest] for x in self.prompt_kv]
-            self.state["owner"] = torch.searchsorted(used, self.state["owner"])
-        if len(index):
-            self._group()
-
-    def _group(self) -> None:
+    def _prepare(self) -> None:
         """What attention needs to know of which branch belongs to which prompt."""
-        owner, prompts = self.state["owner"], len(self.prompt_length)
-        first = torch.searchsorted(owner, torch.arange(prompts, device=owner.device))
-        self.rows = torch.arange(len(owner), device=owner.device)
-        self.slot = self.rows - first[owner]  # the branch's number among those of its prompt
-        width = torch.arange(int(self.slot.max()) + 1, device=owner.device)
-        self.members = (first[:, None] + width).clamp(max=len(owner) - 1)  # [N, width]; others' are not read
-        kv = self.prompt_kv[0]
-        self.far_mask = length_mask(self.prompt_length, kv.shape[-2], kv)
+        device, count = self.model.device, len(self.branches)
+        if count:
+            self.lengths_of_prompts = torch.tensor(self.prompt_lengths, dtype=torch.int32, device=device)
+            self.longest_prompt = max(self.prompt_lengths)
+            self.ask_prompts = CachedAttention([branch.prompt for branch in self.branches], device)
+            self.ask_own = CachedAttention(list(range(count)), device)
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
         state, model = self.state, self.model
-        newest = int(state["length"].max())
-        if newest > self.own_kv[0].shape[-2]:
-            size = min(max(64, 2 * newest), self.limit)
-            self.own_kv = [pad_to(x, size) for x in self.own_kv]
-        self.newest, self.near_mask = newest, length_mask(state["length"], newest, self.own_kv[0])
-        x = model.model.embed_tokens(state["ids"][self.rows, state["length"] - 1])
+        self.longest = max(branch.steps for branch in self.branches)
+        if self.longest > self.own.shape()[1]:
+            self.own.change(min(max(64, 2 * self.longest), self.limit))
+        starts = self.ask_own.row_numbers[:-1] * self.own.shape()[1]
+        self.slots = starts + state["index"]  # [B], of the newest tokens in the own cache
+        state["index"] += 1
+        state["length"] += 1
+        x = model.model.embed_tokens(state["token"])
         cos, sin = model.rope(state["position"].expand(3, -1))
-        for layer in self.layers:
+        for layer in model.model.layers:
             x = layer(x, cos, sin, self.attend)
         state["hidden"] = model.model.norm(x)
         state["position"] += 1
@@ -930,41 +1080,23 @@ class Branches:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d].
 
-        A branch attends to its prompt and to itself in two softmaxes, joined by their normalisers. The
-        branches of one prompt ask its single copy of the keys together.
+        A branch attends to its prompt and to its own tokens in two softmaxes with normalisers Z_p and Z_o. One
+        softmax over both is their mean, weighted by Z_p / (Z_p + Z_o) = sigmoid(log Z_p - log Z_o).
         """
-        own, owner = self.own_kv[layer], self.state["owner"]
-        own[:, self.rows, :, self.state["length"] - 1] = torch.stack([k, v], dim=1)
-        q = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, d]
-        attention = fused_attention if q.device.type == "cpu" else partial_attention
-        near, near_total = attention(q, *own[..., : self.newest, :], self.near_mask)
-        grouped = q[self.members].transpose(1, 2).flatten(2, 3)  # [N, K, width * H/K, d]
-        far, far_total = attention(grouped, *self.prompt_kv[layer], self.far_mask)
-        apart = self.members.shape[1], -1  # [N, K, width * H/K, ...] -> [B, K, H/K, ...]
-        far, far_total = (x.unflatten(2, apart).transpose(1, 2)[owner, self.slot] for x in (far, far_total))
-        weight = torch.sigmoid(far_total - near_total)[..., None].to(q.dtype)
-        return torch.lerp(near, far, weight).flatten(1, 2)
+        own_keys, own_values = self.own.layers[layer]
+        own_keys.flatten(0, 1).index_copy_(0, self.slots, k)
+        own_values.flatten(0, 1).index_copy_(0, self.slots, v)
+        own, own_lse = self.ask_own(q, own_keys, own_values, self.state["length"], self.longest)
+        lengths = self.lengths_of_prompts, self.longest_prompt
+        prompt, prompt_lse = self.ask_prompts(q, *self.prompts.layers[layer], *lengths)
+        weight = torch.sigmoid(prompt_lse - own_lse)[..., None].to(q.dtype)
+        return torch.lerp(own, prompt, weight)
 
 
-def length_mask(lengths: Tensor, size: int, like: Tensor) -> Tensor | None:
-    """What to add to scores so that only the first `lengths` [X] keys count, [X, 1, 1, size]; None: all do."""
-    hidden = torch.arange(size, device=lengths.device) >= lengths[:, None, None, None]
-    return like.new_zeros(hidden.shape).masked_fill(hidden, float("-inf")) if hidden.any() else None
-
-
-def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of q [X, K, q, d] to some of its keys and values [X, K, t, d], mask [X, 1, 1, t]; and the log of
-    the softmax's normaliser [X, K, q], float32, by which the parts are joined."""
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    scores = scores if mask is None else scores + mask
-    total = scores.logsumexp(-1)
-    return (scores - total[..., None]).exp().to(v.dtype) @ v, total
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """partial_attention on the CPU in half the time: the kernel within scaled_dot_product_attention, which alone
-    also returns the normaliser."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+def drain(items: list) -> Iterator:
+    """The items, each forgotten by the list when it is handed out."""
+    while items:
+        yield items.pop(0)
 
 
 @torch.no_grad()
@@ -980,67 +1112,128 @@ def sample(
     seed: int = 0,
     max_branches: int = 256,
     prefill_tokens: int = 16384,
-    watch: Callable[[Tensor], None] | None = None,
+    cache_tokens: int | None = None,
+    watch: Callable[[list[int]], None] | None = None,
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Sample n completions of every prompt; yields (key, completions) as each prompt finishes, in any order.
 
-    prompts: (key, row) pairs, taken from the iterable as places free up; at most max_branches completions (but
-    always those of one prompt) run at a time. The key also names the prompt's random numbers, so what a prompt
-    gets does not depend on its neighbours, on batching or on the number of ranks. Temperature 0 is greedy, with
-    log-probabilities at temperature 1. `watch` is called at every step with the new tokens [B] of all running
-    completions.
+    prompts: (key, row) pairs, taken from the iterable as places free up. At most max_branches completions run at a
+    time, and no more than whose caches hold cache_tokens tokens when all are at their longest (None: what fits the
+    device); but always those of one prompt. The key also names the prompt's random numbers, so what a prompt gets
+    does not depend on its neighbours, on batching or on the number of ranks (on CUDA up to rounding: its kernels
+    choose by shape). Temperature 0 is greedy, with log-probabilities at temperature 1. `watch` is called at every
+    step with the new tokens of all running completions. CheckpointError if the model computes no numbers.
     """
-    branches, queue, done = Branches(model, max_new_tokens), iter(prompts), {}
-    stops = torch.tensor(stop_ids, dtype=torch.long, device=model.head.device)
-    places, waiting = max(1, max_branches // n), True
-    while waiting or len(branches):
-        free = places - -(-len(branches) // n)
-        if waiting and (not len(branches) or 4 * free >= places):  # refill by the quarter: copying caches costs
-            waiting = fill(branches, queue, free, n, seed, prefill_tokens)
-            continue
-        state = branches.state
-        logits = scaled_logits(state["hidden"], branches.head, temperature or 1.0, banned)
-        probs, rows = logits.softmax(-1), branches.rows
-        uniform = state["uniform"][rows, state["length"]]
-        token = choose(probs, uniform, top_p) if temperature else logits.argmax(-1)
-        state["ids"][rows, state["length"]] = token
-        state["logprobs"][rows, state["length"]] = probs[rows, token].log()
-        state["length"] += 1
+    batch, queue, finished = DecodeBatch(model, n, max_new_tokens, seed), Peekable(prompts), {}
+    stops, max_prompts = set(stop_ids), max(1, max_branches // n)
+    cache_tokens = free_cache_tokens(model) if cache_tokens is None else cache_tokens
+    while True:
+        # 1. Refill: new prompts take the places of finished ones, a good part of the batch at a time.
+        places = max_prompts - math.ceil(len(batch.branches) / n)
+        room = 1 - batch.cached_tokens([]) / cache_tokens
+        if not batch.branches or (places >= REFILL_SHARE * max_prompts and room >= REFILL_SHARE):
+            refill(batch, queue, places, prefill_tokens, cache_tokens)
+        if not batch.branches:
+            return
+        # 2. Draw every branch's next token. Here, once a step, the host waits for the device.
+        tokens, logprobs = draw_tokens(batch, temperature, top_p, banned)
         if watch:
-            watch(token)
-        stopped = torch.isin(token, stops)
-        ended = state["alive"] & (stopped | (state["length"] == max_new_tokens))
-        for i in ended.nonzero().flatten().tolist():
-            key, length = int(state["key"][i]), int(state["length"][i])
-            done.setdefault(key, {})[int(state["branch"][i])] = Completion(
-                state["ids"][i, :length].tolist(), state["logprobs"][i, :length].cpu(), bool(stopped[i])
-            )
-            if len(done[key]) == n:
-                yield key, [done[key][b] for b in range(n)]
-                del done[key]
-        state["alive"] &= ~ended
-        alive = state["alive"].nonzero().flatten()
-        if 8 * len(alive) <= 7 * len(branches) or (state["length"] == max_new_tokens).any():
-            branches.keep(alive)
-        if len(branches):
-            branches.step()
+            watch(tokens)
+        # 3. Take note of them, and hand out the prompts whose completions have all come to an end.
+        for branch, token, logprob in zip(batch.branches, tokens, logprobs):
+            branch.steps += 1
+            if branch.done:
+                continue
+            branch.ids.append(token)
+            branch.logprobs.append(logprob)
+            if token in stops or len(branch.ids) == max_new_tokens:
+                branch.done = True
+                group = finished.setdefault(branch.key, {})
+                group[branch.number] = Completion(branch.ids, torch.tensor(branch.logprobs), token in stops)
+                if len(group) == n:
+                    yield branch.key, [group[number] for number in range(n)]
+                    del finished[branch.key]
+        # 4. Compact: drop finished branches, a good part of the batch at a time.
+        running = [i for i, branch in enumerate(batch.branches) if not branch.done]
+        at_limit = any(branch.steps == max_new_tokens for branch in batch.branches)
+        if at_limit or len(running) <= (1 - COMPACT_SHARE) * len(batch.branches):
+            batch.select(running)
+        # 5. Decode: the new tokens go through the layers.
+        if batch.branches:
+            batch.step()
 
 
-def fill(branches: Branches, queue: Iterator, places: int, n: int, seed: int, prefill_tokens: int) -> bool:
-    """Admit up to `places` prompts from the queue, prefilled in batches of about prefill_tokens tokens.
-    Returns whether the queue may hold more."""
-    batch, size = [], 0
-    for _ in range(places):
-        item = next(queue, None)
-        if item is None:
-            break
-        batch.append(item)
-        size += len(item[1].ids)
-        if size >= prefill_tokens:
-            branches.admit(batch, n, seed)
-            batch, size = [], 0
-    else:
-        item = True
-    if batch:
-        branches.admit(batch, n, seed)
-    return item is not None
+def draw_tokens(
+    batch: DecodeBatch, temperature: float, top_p: float, banned: tuple[int, ...]
+) -> tuple[list[int], list[float]]:
+    """The next token of every branch, and its log-probability at the temperature and before top-p; both as lists,
+    and the tokens in the batch's state. Temperature 0 takes the most likely one. CheckpointError for NaN."""
+    state = batch.state
+    logits = scaled_logits(state["hidden"], batch.model.head, temperature or 1.0, banned)
+    all_logprobs, vocabulary = logits.log_softmax(-1), logits.shape[1]  # [B, V]
+
+    def drawn(size: int) -> list[list[float]]:
+        """[2 or 3][B]: tokens, log-probabilities and, with top_p, whether the nucleus was found among `size` tokens."""
+        found = None
+        if temperature:
+            probs = all_logprobs.exp()
+            if top_p < 1:
+                probs, found = nucleus(probs, top_p, size)
+            uniform = state["random"].gather(1, state["index"][:, None]).squeeze(1)
+            state["token"] = draw(probs, uniform)
+        else:
+            state["token"] = logits.argmax(-1)
+        logprobs = all_logprobs.gather(1, state["token"][:, None]).squeeze(1)
+        # One tensor makes one wait; float32 holds every token id exactly.
+        results = [state["token"].float(), logprobs] + ([] if found is None else [found.float()])
+        return torch.stack(results).tolist()
+
+    tokens, logprobs, *found = drawn(min(NUCLEUS_TOKENS, vocabulary))
+    if found and not all(found[0]):  # a flat distribution: once more, with all tokens
+        tokens, logprobs, _ = drawn(vocabulary)
+    for branch, logprob in zip(batch.branches, logprobs):
+        if not math.isfinite(logprob):
+            raise CheckpointError(f"prompt {branch.key}: after {branch.steps} tokens the model's logits are no numbers")
+    return [int(token) for token in tokens], logprobs
+
+
+class Peekable:
+    """An iterable with a look at its next item, None at the end."""
+
+    def __init__(self, items: Iterable):
+        self._items = iter(items)
+        self.next = next(self._items, None)
+
+    def take(self):
+        item, self.next = self.next, next(self._items, None)
+        return item
+
+
+def refill(batch: DecodeBatch, queue: Peekable, places: int, prefill_tokens: int, cache_tokens: int) -> None:
+    """Move up to `places` prompts from the queue into the batch, as far as the caches will have room for them and
+    all their completions, prefilled in rows of about prefill_tokens tokens. An empty batch takes one in any case."""
+    while True:
+        prompts, rows, tokens = [], [], 0
+        while queue.next and places and tokens < prefill_tokens:
+            row = queue.next[1]
+            full = batch.cached_tokens([*rows, row]) > cache_tokens
+            if full and (batch.branches or rows):
+                break
+            prompts.append(queue.take())
+            rows.append(row)
+            tokens += len(row.ids)
+            places -= 1
+        if not prompts:
+            return
+        batch.add_prompts(prompts)
+
+
+def free_cache_tokens(model: QwenVL) -> int:
+    """How many tokens' keys and values may be cached: on a GPU in CACHE_SHARE of its free memory."""
+    if model.device.type != "cuda":
+        return CACHE_TOKENS
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0] + unused
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.head.itemsize
+    return int(CACHE_SHARE * free) // per_token

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,9 +32,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, option, pack, progress,
-                  read_json, read_samples)
-from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, save, shard, start_ranks
+from data import (Encoder, InputError, Row, Sample, ahead, check_inputs, cli, halved, option, pack, progress,
+                  read_json, read_samples, refusing)
+from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, locate, save, shard, start_ranks
+from model import Config as ModelConfig
 
 # ---------------------------------------------------------------------- shared plumbing
 
@@ -41,22 +43,53 @@ from model import CheckpointError, QwenVL, Ranks, choose_dtype, load, save, shar
 def load_for_training(cfg, ranks: Ranks) -> tuple[QwenVL, Encoder, torch.dtype]:
     """The model with float32 master weights, sharded over the ranks, the encoder, and the compute dtype."""
     compute = choose_dtype(cfg.dtype, ranks.device)
-    model = load(cfg.model, "cpu" if ranks.world > 1 else ranks.device, torch.float32)
-    parts = {"vision": model.visual, "merger": model.visual.merger, "decoder": model.model}
-    if not set(cfg.freeze) <= parts.keys():
-        raise InputError(f"--freeze {' '.join(cfg.freeze)}: choose from {', '.join(parts)}")
-    for name, part in parts.items():  # the merger is a part of the vision tower, and so comes after it
-        part.requires_grad_(name not in cfg.freeze)
+    if ranks.device.type == "cuda":
+        card = torch.cuda.get_device_properties(ranks.device).total_memory
+        check_fits(outline(cfg.model), cfg.freeze, ranks.world, card)
+    model = load(cfg.model)
+    freeze(model, cfg.freeze)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     encoder = Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
     return shard(model, ranks, compute), encoder, compute
+
+
+def freeze(model: QwenVL, names: list[str]) -> None:
+    """Let all parts train but those of --freeze."""
+    parts = {"vision": model.visual, "merger": model.visual.merger, "decoder": model.model}
+    if not set(names) <= parts.keys():
+        raise InputError(f"--freeze {' '.join(names)}: choose from {', '.join(parts)}")
+    for name, part in parts.items():  # the merger is a part of the vision tower, and so comes after it
+        part.requires_grad_(name not in names)
+    model.head.requires_grad_("decoder" not in names)  # the embeddings, or a matrix beside the decoder
+
+
+def outline(path: str) -> QwenVL:
+    """The model of a checkpoint without its weights: shapes only, on the meta device."""
+    file = locate(path) / "config.json"
+    with refusing(str(file), ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+        with torch.device("meta"):
+            return QwenVL(ModelConfig.from_json(read_json(file)))
+
+
+def check_fits(model: QwenVL, frozen: list[str], world: int, card: int) -> None:
+    """InputError if not even what the weights need fits in `card` bytes on each of `world` ranks: 16 bytes for a
+    parameter that trains (float32 weight, gradient, two moments), 4 for a frozen one. Activations come on top."""
+    freeze(model, frozen)
+    needed = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / world
+    if needed > card:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        raise InputError(
+            f"training {trained:.3g} parameters on {world} rank{'s' * (world > 1)} needs at least "
+            f"{needed / 2**30:.0f} GiB a card for float32 weights, gradients and moments, the card has "
+            f"{card / 2**30:.0f}: use more ranks (torchrun --nproc-per-node), or --freeze"
+        )
 
 
 def compute_in(dtype: torch.dtype, model: QwenVL):
     """Context in which a whole model with float32 weights computes in `dtype` (sharded ones do it themselves)."""
     if dtype == torch.float32 or model.sharded:
         return nullcontext()
-    return torch.autocast(model.head.device.type, dtype)
+    return torch.autocast(model.head.device.type, dtype, cache_enabled=False)
 
 
 def make_optimizer(model: QwenVL, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -170,9 +203,14 @@ class Run:
         states = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
         moments = {n: {k: local(v) for k, v in state.items()} for n, state in states.items()}
         try:
-            torch.save({"step": step, "model": weights, "optimizer": moments}, self._part(partial))
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"{self._part(partial)}: cannot be written ({error})") from error
+            with open(self._part(partial), "wb") as file:
+                torch.save({"step": step, "model": weights, "optimizer": moments}, file)
+        except (OSError, RuntimeError) as error:
+            # When the file refuses a write, torch mostly raises a RuntimeError of its own while it handles that.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise  # an error of the device, for example
+            raise OSError(f"{self._part(partial)}: cannot be written ({cause})") from error
         self.ranks.barrier()
         if self.ranks.rank == 0 and not final.exists():
             os.replace(partial, final)
@@ -230,6 +268,40 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file so that readers see the old one or the new one, never half."""
     path.with_suffix(".partial").write_text(text)
     os.replace(path.with_suffix(".partial"), path)
+
+
+class StopSignal:
+    """A request to stop: SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT).
+
+    The first signal is noted, so that the loop can finish its step, write a checkpoint, and end with the exit
+    code 128 + signal, 143 or 130. The next one ends the process at once. What comes within `repeat` seconds
+    of the first repeats it: a scheduler may signal torchrun and its workers, and torchrun passes a signal on.
+    torchrun kills its workers 30 seconds later: where a step takes longer, it needs a --shutdown-timeout.
+    """
+
+    repeat = 2.0
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.number, self.noted_at = ranks, 0, 0.0
+        self.usual = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame) -> None:
+        if not self.number:
+            self.number, self.noted_at = number, time.monotonic()
+            if self.ranks.rank == 0:  # os.write, as print may be interrupted within itself
+                os.write(2, b"stopping after this step, with a checkpoint; another signal ends at once\n")
+        elif time.monotonic() - self.noted_at > self.repeat:
+            os._exit(128 + number)
+
+    def agreed(self) -> int:
+        """The number of the signal that any rank has received so far, or 0; the same on all ranks, which have to
+        stop after the same step, although their signals arrive at slightly different times."""
+        return int(self.ranks.reduce(self.number, "max"))
+
+    def restore(self) -> None:
+        """From here on a signal does what it did before: nothing is left that has to be finished."""
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
 
 
 def versions() -> dict:
@@ -397,6 +469,12 @@ class Config:
     max_pixels: int | None = option(768 * 768, "largest image area; the release trained at 768 x 768")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping")
 
+    @property
+    def to_save_memory(self) -> str:
+        """What to try when memory runs out. A row holds at least the longest sample."""
+        shorter = halved("--pack-tokens", self.pack_tokens, self.max_tokens)
+        return f"{shorter or halved('--max-tokens', self.max_tokens)}, or more ranks (torchrun --nproc-per-node)"
+
 
 def cosine(step: int, total: int, warmup: int, peak: float) -> float:
     """Learning rate of step 0 .. total - 1: linear warm-up, then a cosine from the peak to zero."""
@@ -431,7 +509,7 @@ def packed_rows(samples: list[Sample], encoder: Encoder, cfg: Config) -> tuple[l
 def nll(model: QwenVL, row: Row, compute: torch.dtype) -> Tensor:
     """The loss of a row, Eq. (3), summed over its target tokens: - sum of log P(R, Y given Q, X, S)."""
     with compute_in(compute, model):
-        logprobs, _ = model(row.to(model.head.device))
+        logprobs, _ = model(row)
     return -logprobs.sum()
 
 
@@ -469,6 +547,7 @@ def main(cfg: Config) -> None:
     steps = range(run.restore(model, optimizer), last)
     on_cpu = ranks.device.type == "cpu"  # where the step itself wants every core
     batches = map(batch, steps) if on_cpu else ahead(batch, steps, workers=1)
+    stop = StopSignal(ranks)
     for step, (rows, too_long) in zip(steps, batches):
         began = time.perf_counter()
         tokens = max(1.0, ranks.reduce(sum(int(r.supervised.sum()) for r in rows)))
@@ -481,8 +560,12 @@ def main(cfg: Config) -> None:
         if validation and (done % cfg.eval_every == 0 or done == last):
             metrics["validation_loss"] = validation_loss(model, encoder, validation, cfg, compute, ranks)
         run.log(done, metrics, SHOWN, last)
-        if done % cfg.save_every == 0 or done == last:
+        stopped = stop.agreed()
+        if done % cfg.save_every == 0 or done == last or stopped:
             run.checkpoint(done, model, optimizer)
+        if stopped:
+            sys.exit(128 + stopped)
+    stop.restore()
     save(model, cfg.out, cfg.model, compute)
     if ranks.rank == 0:
         encoder.write(cfg.out)

@@ -371,25 +371,68 @@ def guard(world):
     return load(str(world / "base")), Encoder(str(world / "base"))
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("image", [False, True])
-def test_probabilities_equal_the_logits_before_the_label(guard, world, output, image):
-    model, encoder = guard
-    shown = next(s for s in read_samples([str(world / "test.jsonl")]) if (s.image is not None) == image)
+def generated(encoder, sample, output: str, index: int = 0) -> evaluate.Generated:
     ids = encoder.tokenizer.encode(output) + encoder.stop_ids[:1]
-    verdict, prompt = parse(output), encoder.prompt(shown)
-    found = evaluate.probabilities(model, encoder, prompt, ids, verdict.places)
-    with torch.no_grad():
-        logits = model.logits(prompt.extend([ids]))[len(prompt) - 1:-1]    # of every token of the output
-    for said, place, p in zip((verdict.request, verdict.response), verdict.places, found):
-        if said is None:
-            assert p is place is None
-            continue
-        before = encoder.tokenizer.encode(output[:place])
-        assert ids[:len(before)] == before and output[place:place + 2].strip(" *").lower() in (*"hun", "")
-        odds = logits[len(before)].double().softmax(-1)
-        one, other = (odds[encoder.tokenizer.encode(word)[0]] for word in (" harmful", " unharmful"))
-        assert p == pytest.approx((one / (one + other)).item(), abs=1e-5)
+    return evaluate.Generated(index, encoder.prompt(sample), ids, {}, parse(output).places)
+
+
+def test_probabilities_equal_the_logits_before_the_label(guard, world):
+    """For outputs with and without images, readable and not, all in one forward."""
+    model, encoder = guard
+    samples = read_samples([str(world / "test.jsonl")])
+    shown = [next(s for s in samples if (s.image is not None) == image) for image in (False, True)]
+    texts = [text for text in OUTPUTS for _ in shown]
+    outputs = [generated(encoder, sample, text) for text in OUTPUTS for sample in shown]
+    found = evaluate.probabilities(model, encoder, outputs)
+    assert len(found) == len(outputs)
+    for text, output, probabilities in zip(texts, outputs, found):
+        verdict = parse(text)
+        with torch.no_grad():  # of every token of the output
+            logits = model.logits(output.prompt.extend([output.ids]))[len(output.prompt) - 1:-1]
+        for said, place, p in zip((verdict.request, verdict.response), verdict.places, probabilities):
+            if said is None:
+                assert p is place is None
+                continue
+            before = encoder.tokenizer.encode(text[:place])
+            assert output.ids[:len(before)] == before and text[place:place + 2].strip(" *").lower() in (*"hun", "")
+            odds = logits[len(before)].double().softmax(-1)
+            one, other = (odds[encoder.tokenizer.encode(word)[0]] for word in (" harmful", " unharmful"))
+            assert p == pytest.approx((one / (one + other)).item(), abs=1e-5)
+    unreadable = [output for output, p in zip(outputs, found) if p == [None, None]]
+    assert evaluate.probabilities(model, encoder, unreadable) == [[None, None]] * len(unreadable)
+
+
+@torch.no_grad()
+def test_probabilities_are_computed_in_float32(guard, world):
+    """Also by a model in bfloat16, whose own logits are up to 0.125 apart, so that many outputs would tie."""
+    model, encoder = load(str(world / "base")).bfloat16(), guard[1]
+    model.model.norm.weight *= 0.3  # else everything is certain
+    words = [encoder.tokenizer.encode(word)[0] for word in (" harmful", " unharmful")]
+    head, rounded = model.head[words], 0
+    for sample in read_samples([str(world / "test.jsonl")])[:12]:
+        output = generated(encoder, sample, OUTPUTS[0])
+        [(_, p)] = evaluate.probabilities(model, encoder, [output])
+        count = len(encoder.tokenizer.encode(OUTPUTS[0][:output.label_offsets[1]]))
+        hidden = model.hidden(output.prompt.extend([output.ids[:count]]))[-1]
+        exact, plain = ((head.to(dtype) @ hidden.to(dtype)).double() for dtype in (torch.float64, torch.bfloat16))
+        assert p == pytest.approx(exact.softmax(-1)[0].item(), abs=1e-6)
+        rounded += abs(exact.softmax(-1)[0] - plain.softmax(-1)[0]) > 1e-5
+    assert rounded >= 3
+
+
+@pytest.mark.parametrize("pack_tokens", [1, 700, 10**6])
+def test_predictions_do_not_depend_on_how_many_are_completed_at_a_time(guard, world, pack_tokens, monkeypatch):
+    model, encoder = guard
+    samples = read_samples([str(world / "test.jsonl")])[:6]
+    one = dict(evaluate.predict(model, encoder, samples, range(6), 24))
+    monkeypatch.setattr(evaluate, "PACK_TOKENS", pack_tokens)
+    other = dict(evaluate.predict(model, encoder, samples, range(6), 24))
+    assert one.keys() == other.keys() == set(range(6))
+    for i, found in one.items():
+        assert found.keys() == other[i].keys() and found["output"] == other[i]["output"]
+        assert found["request_p"] == pytest.approx(other[i]["request_p"], abs=1e-5)
+    plain = dict(evaluate.predict(model, encoder, samples, range(6), 24, odds=False))
+    assert [plain[i]["output"] for i in range(6)] == [one[i]["output"] for i in range(6)]
 
 
 def plays(output: str):
@@ -398,7 +441,7 @@ def plays(output: str):
         for key, row in prompts:
             ids = model.encode(output)
             for token in ids if watch else ():
-                watch(torch.tensor([token]))
+                watch([token])
             yield key, [Completion(ids, torch.zeros(len(ids)), True)]
     return sampler
 

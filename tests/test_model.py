@@ -9,14 +9,17 @@ import copy
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import model as ours
+import reference_varlen  # noqa: F401  (registers the kernel by which the path of CUDA runs on a CPU)
 from data import Row, Segment
 
 VOCAB, TEXT, VISION_START, VISION_END, IMAGE, VIDEO = 300, 280, 288, 289, 290, 291
@@ -80,6 +83,12 @@ def pair(request, tmp_path_factory):
     hf = reference_model(request.param)
     hf.save_pretrained(folder)
     return hf, ours.load(str(folder))
+
+
+@pytest.fixture(params=["run by run", "one call"])
+def back_end(request, monkeypatch):
+    """Both ways to compute attention: scaled_dot_product_attention, and variable-length attention as on CUDA."""
+    monkeypatch.setattr(ours, "has_varlen", lambda x: request.param == "one call")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +198,7 @@ def test_logits_equal_transformers(pair, name):
         torch.testing.assert_close(mine.logits(SAMPLES[name]), want, atol=1e-4, rtol=0)
 
 
-def test_packed_samples_equal_transformers_one_by_one(pair):
+def test_packed_samples_equal_transformers_one_by_one(back_end, pair):
     hf, mine = pair
     first, *others = SAMPLES.values()
     with torch.no_grad():
@@ -197,7 +206,7 @@ def test_packed_samples_equal_transformers_one_by_one(pair):
         torch.testing.assert_close(mine.logits(first.join(*others)), alone, atol=1e-4, rtol=0)
 
 
-def test_every_gradient_equals_transformers(pair):
+def test_every_gradient_equals_transformers(back_end, pair):
     hf, mine = pair
     first, *others = SAMPLES.values()
     logp, _ = mine(first.join(*others))
@@ -459,7 +468,7 @@ ALONE = [GROUPS[0][0].extend([ids]) for ids in GROUPS[0][1]] + PLAIN + [
     prompt.extend([ids]) for prompt, group in GROUPS[1:] for ids in group]
 
 
-def test_packed_row_equals_dense_attention(pair):
+def test_packed_row_equals_dense_attention(back_end, pair):
     hf, mine = pair
     with torch.no_grad():
         torch.testing.assert_close(mine.logits(PACKED), dense_logits(hf, PACKED), atol=1e-4, rtol=0)
@@ -471,7 +480,7 @@ def test_packed_row_equals_dense_attention(pair):
     assert_same_gradients(gradients(mine, (got[0] * weights).sum()), gradients(hf, (want[0] * weights).sum()))
 
 
-def test_packed_row_equals_every_sequence_alone(net):
+def test_packed_row_equals_every_sequence_alone(back_end, net):
     packed = net(PACKED)
     alone = [net(row) for row in ALONE]
     for part in (0, 1):  # log-probabilities, entropies
@@ -503,7 +512,7 @@ def test_the_head_computes_alike_forward_and_backward_under_autocast(net, monkey
     assert len(seen) >= 2 and set(seen) == {torch.bfloat16}
 
 
-def test_recomputing_activations_changes_nothing(net):
+def test_recomputing_activations_changes_nothing(back_end, net):
     weights = weighting(int(PACKED.supervised.sum()))
     want = gradients(net, (net(PACKED)[0] * weights).sum())
     net.checkpointing = net.visual.checkpointing = True
@@ -516,6 +525,72 @@ def test_a_row_with_nothing_supervised(net):
     row = SAMPLES["text"]
     logp, entropy = net(Row(**vars(row) | {"supervised": torch.zeros(len(row), dtype=torch.bool)}))
     assert logp.shape == entropy.shape == (0,)
+
+
+ROWS = {  # lengths of segments, their prefixes, causal
+    "one sequence": ([13], [None], True),
+    "samples": ([5, 1, 9, 9], [None] * 4, True),
+    "a prompt and completions": ([7, 3, 3, 1, 4], [None, 0, 0, 0, 0], True),
+    "two prompts and a sample": ([4, 2, 2, 6, 5, 5, 1, 5], [None, 0, 0, None, None, 4, 4, 4], True),
+    "windows": ([16, 16, 16, 8, 4], [None] * 5, False),
+    "images": ([24, 8], [None] * 2, False),
+}
+
+
+def dense_attention(q, k, v, lengths, prefixes, causal):
+    """The definition: one mask over the whole row, softmax in float32."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    allowed = torch.zeros(len(q), len(q), dtype=torch.bool)
+    for start, length, prefix in zip(starts, lengths, prefixes):
+        own = torch.ones(length, length, dtype=torch.bool)
+        allowed[start:start + length, start:start + length] = own.tril() if causal else own
+        if prefix is not None:
+            allowed[start:start + length, starts[prefix]:starts[prefix] + lengths[prefix]] = True
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("kind", ROWS)
+def test_attention_and_its_gradients_equal_a_dense_mask(back_end, kind, dtype, tolerance):
+    lengths, prefixes, causal = ROWS[kind]
+    draw = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(sum(lengths), heads, 16, generator=draw).to(dtype) for heads in (4, 2, 2)]
+    upstream = torch.randn(sum(lengths), 4, 16, generator=draw)
+
+    def run(attention, *leaves):
+        out = attention(*leaves)
+        return out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+    attend = ours.PackedAttention(lengths, prefixes, causal, "cpu")
+    got = run(attend, *(x.clone().requires_grad_() for x in inputs))
+    want = run(lambda q, k, v: dense_attention(q, k, v, lengths, prefixes, causal),
+               *(x.float().requires_grad_() for x in inputs))
+    for one, other in zip(got, want):
+        assert one.dtype == dtype
+        assert (one.float() - other).abs().max() < tolerance * other.abs().max()
+
+
+def test_one_call_of_attention_a_layer(net, monkeypatch):
+    """Whatever the segments of a row: one for every layer of the decoder, one for every block of the tower."""
+    calls, real = [], ours.varlen_attn
+    monkeypatch.setattr(ours, "has_varlen", lambda x: True)
+    monkeypatch.setattr(ours, "varlen_attn", lambda *args, **options: calls.append(1) or real(*args, **options))
+    with torch.no_grad():
+        net(PACKED)
+    assert len(calls) == net.config.num_hidden_layers + net.config.vision.depth
+
+
+def test_variable_length_attention_is_for_cuda_in_half_precision(monkeypatch):
+    class OnCuda:
+        is_cuda = True
+
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+    assert ours.has_varlen(OnCuda(torch.bfloat16)) and ours.has_varlen(OnCuda(torch.float16))
+    assert not ours.has_varlen(OnCuda(torch.float32)) and not ours.has_varlen(torch.zeros(1).bfloat16())
 
 
 # ---------------------------------------------------------------- sampling
@@ -544,56 +619,7 @@ def greedy_loop(network, prompt, steps, stop=(), banned=BANNED):
     return ids
 
 
-@pytest.mark.parametrize("dtype,close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_fused_decoding_attention_equals_the_plain_one_and_parts_join(dtype, close):
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, 2, n, 16, generator=g).to(dtype) for n in (6, 9, 9))
-    parts = []
-    for lengths, keys in (((4, 1, 2), slice(0, 4)), ((5, 3, 5), slice(4, 9))):
-        mask = ours.length_mask(torch.tensor(lengths), len(range(9)[keys]), q)
-        fused, plain = (f(q, k[:, :, keys], v[:, :, keys], mask) for f in (ours.fused_attention, ours.partial_attention))
-        for a, b in zip(fused, plain):
-            torch.testing.assert_close(a, b, atol=close, rtol=close)
-        parts.append(fused)
-    assert ours.length_mask(torch.tensor([4, 4]), 4, q) is None
-    (far, far_total), (near, near_total) = parts
-    joined = torch.lerp(near, far, torch.sigmoid(far_total - near_total)[..., None].to(dtype))
-    seen = torch.tensor([[1] * 4 + [1] * 5, [1, 0, 0, 0, 1, 1, 1, 0, 0], [1, 1, 0, 0] + [1] * 5]).bool()
-    whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[:, None, None])
-    torch.testing.assert_close(joined, whole, atol=close, rtol=close)
-
-
-@pytest.mark.parametrize("learned, asked", [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize("size", [(48, 80), (80, 48)])
-def test_linear_and_its_gradients_equal_torchs(size, learned, asked):
-    """With all gradients, with frozen weights, and from inputs (such as pixels) that ask for none."""
-    values = torch.randn(33, size[1]), torch.randn(size), torch.randn(size[0])
-    grad = torch.randn(size[0]).expand(33, -1)  # as a sum hands it down
-    for given in (values, values[:2]):  # with and without bias
-        found = []
-        for function in (ours.linear, torch.nn.functional.linear):
-            leaves = [v.clone().requires_grad_(wanted) for v, wanted in zip(given, (asked, learned, learned))]
-            out = function(*leaves)
-            out.backward(grad)
-            found.append([out, *(leaf.grad for leaf in leaves)])
-        assert [g is not None for g in found[0]] == [True, asked, learned, learned][:len(found[0])]
-        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_layers_equal_the_plain_ones(net, dtype):
-    layer = copy.deepcopy(net.model.layers[0]).to(dtype)
-    if not ours.packable(layer.mlp.up_proj.weight):
-        pytest.skip("no oneDNN, or a processor without bfloat16")
-    twin, x = ours.packed(layer), torch.randn(5, layer.mlp.up_proj.in_features, dtype=dtype)
-    assert twin.mlp.up_proj.weight.is_mkldnn and not layer.mlp.up_proj.weight.is_mkldnn
-    close = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {}
-    for name in ("mlp", "self_attn.q_proj"):  # without and with bias
-        torch.testing.assert_close(twin.get_submodule(name)(x), layer.get_submodule(name)(x), **close)
-
-
-def test_greedy_equals_an_argmax_loop(net):
+def test_greedy_equals_an_argmax_loop(back_end, net):
     """Two stop ids taken from the free continuations, so that some end early and free their slots."""
     free = [greedy_loop(net, prompt, 20) for prompt in PROMPTS]
     stop = (free[0][6], free[3][0])
@@ -610,7 +636,7 @@ SAMPLING = dict(n=3, max_new_tokens=15, stop_ids=tuple(range(40, 55)), banned=BA
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.9)])
-def test_log_probabilities_equal_the_training_forward(net, temperature, top_p):
+def test_log_probabilities_equal_the_training_forward(back_end, net, temperature, top_p):
     """Also under truncation: what is returned is the policy that training scores, not the truncated one."""
     got = collect(net, PROMPTS, temperature=temperature, top_p=top_p, max_branches=7, **SAMPLING)
     assert sorted(got) == list(range(len(PROMPTS)))
@@ -637,7 +663,7 @@ def test_endings(net):
         assert 1 <= len(completion.ids) <= limit and len(completion.logprobs) == len(completion.ids)
 
 
-def test_same_seed_same_tokens_however_batched(net):
+def test_same_seed_same_tokens_however_batched(back_end, net):
     want = tokens(collect(net, PROMPTS, max_branches=256, **SAMPLING))
     for width in (1, 7, 10):
         assert tokens(collect(net, PROMPTS, max_branches=width, **SAMPLING)) == want
@@ -649,6 +675,108 @@ def test_same_seed_same_tokens_however_batched(net):
     assert tokens(collect(net, PROMPTS, **SAMPLING | {"seed": 6})) != want
     twice = tokens(collect(net, [PROMPTS[2], PROMPTS[2]], **SAMPLING))
     assert twice[0] != twice[1]  # the key, not the text, keys the draws
+
+
+def test_decoding_attention_equals_the_dense_one(back_end):
+    """Rows of a cache of different lengths, asked by one, two and three branches; normalisers included."""
+    draw = torch.Generator().manual_seed(0)
+    lengths, row_of = torch.tensor([5, 1, 9], dtype=torch.int32), [0, 1, 1, 1, 2, 2]
+    q, keys, values = (torch.randn(*shape, 16, generator=draw) for shape in ((6, 4), (3, 12, 2), (3, 12, 2)))
+    out, lse = ours.CachedAttention(row_of, "cpu")(q, keys, values, lengths, 9)
+    for i, row in enumerate(row_of):
+        k, v = (x[row, :lengths[row]].repeat_interleave(2, dim=1) for x in (keys, values))
+        scores = torch.einsum("hd,thd->ht", q[i], k) / 4
+        torch.testing.assert_close(lse[i], scores.logsumexp(-1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(out[i], torch.einsum("ht,thd->hd", scores.softmax(-1), v), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layers, rows, change", [
+    (12, 64, lambda cache, new: cache.change(512)),
+    (12, 64, lambda cache, new: cache.change(256, torch.arange(0, 64, 2))),
+    (12, 64, lambda cache, new: cache.append(new))], ids=["grow", "compact", "append"])
+def test_two_whole_caches_never_exist(layers, rows, change):
+    """The peak is at most 1.1 times the larger cache; live storages are counted at every operation."""
+    def pairs(count):
+        return [tuple(torch.zeros(count, 256, 2, 16) for _ in range(2)) for _ in range(layers)]
+
+    cache, new = ours.KVCache(), pairs(16)
+    cache.append(pairs(rows))
+    with LiveBytes() as live:
+        live.watch(*(x for pair in cache.layers for x in pair))
+        change(cache, new)
+    sizes = [sum(x.nbytes for pair in cache.layers for x in pair), 2 * layers * rows * 256 * 2 * 16 * 4]
+    assert live.peak <= 1.1 * max(sizes), (live.peak, sizes)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, of those watched or made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def watch(self, *tensors):
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.alive.values()))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.watch(*(x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)))
+        return out
+
+
+def test_the_caches_hold_no_more_than_they_may(net, monkeypatch):
+    """Among many short prompts a long one: it does not multiply, and the tokens are the same."""
+    prompts = [make_row(4, seed=i) for i in range(12)]
+    prompts[5] = make_row(100, seed=99)
+    want = tokens(collect(net, prompts, **SAMPLING))
+    most, real = [], ours.DecodeBatch.step
+
+    def step(self):
+        held = [cache.layers[0][0].shape[:2].numel() for cache in (self.prompts, self.own)]
+        most.append((sum(held), len(self.prompt_lengths)))
+        real(self)
+
+    monkeypatch.setattr(ours.DecodeBatch, "step", step)
+    assert tokens(collect(net, prompts, cache_tokens=400, **SAMPLING)) == want
+    assert max(held for held, _ in most) <= 400 and max(count for _, count in most) >= 4
+    most.clear()
+    assert tokens(collect(net, prompts, cache_tokens=1, **SAMPLING)) == want  # one at a time, however small
+    assert max(count for _, count in most) == 1
+
+
+def test_logits_that_are_no_numbers_are_told(net):
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ours.CheckpointError, match="prompt 0: after 0 tokens .* no numbers"):
+            collect(broken, PROMPTS[:1], max_new_tokens=3, temperature=temperature)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1e-12])
+def test_the_nucleus_among_few_tokens_is_the_one_among_all(top_p):
+    draw = torch.Generator().manual_seed(3)
+    probs = (4 * torch.randn(64, 300, generator=draw)).softmax(-1)
+    whole, everywhere = ours.nucleus(probs, top_p, 300)
+    part, found = ours.nucleus(probs, top_p, 20)
+    assert everywhere.all() and found.any()
+    assert torch.equal(part[found], whole[found])
+    ranked, ids = probs.sort(-1, descending=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+    assert torch.equal(whole, torch.zeros_like(probs).scatter(1, ids, ranked))
+
+
+def test_a_flat_distribution_is_drawn_from_all_tokens(net, monkeypatch):
+    """A nucleus that does not fit into the few most likely tokens is sought again among all."""
+    options = dict(temperature=3.0, top_p=0.95, **SAMPLING)
+    want = tokens(collect(net, PROMPTS, **options))
+    monkeypatch.setattr(ours, "NUCLEUS_TOKENS", 4)
+    assert tokens(collect(net, PROMPTS, **options)) == want
 
 
 def test_prompts_are_consumed_as_slots_free_up(net):

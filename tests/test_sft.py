@@ -371,6 +371,16 @@ def test_freezing_leaves_exactly_those_tensors_alone(config, freeze):
     part = {n: "decoder" if n.startswith("model.") else "merger" if "merger" in n else "vision" for n in before}
     assert {n for n in before if torch.equal(before[n], after[n])} == {n for n in part if part[n] in freeze}
 
+
+def test_a_frozen_decoder_freezes_an_untied_head(config, tmp_path):
+    folder = toy.build_checkpoint(tmp_path / "untied", tie_word_embeddings=False, **TINY)  # as the 7B
+    cfg = config(model=str(folder), epochs=1, batch_size=8, freeze=["decoder"])
+    sft.main(cfg)
+    before, after = weights(cfg.model), weights(cfg.out)
+    frozen = {n for n in before if torch.equal(before[n], after[n])}
+    assert "lm_head.weight" in frozen and frozen == {n for n in before if not n.startswith("visual.")}
+
+
 def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(config):
     whole, halted = config("whole"), config("halted", steps=2)
     sft.main(whole)
@@ -410,6 +420,22 @@ def test_wrong_input_stops_with_one_line(config, capsys, fields, message):
     status, error = command(capsys, *flags(cfg, **fields))
     assert status == 2 and re.fullmatch(r"error: .*\n", error) and message in error
     assert not Path(cfg.out).exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_the_file_that_cannot_be_written(config, monkeypatch):
+    monkeypatch.setattr(sft.Run, "_part", lambda run, folder: Path("/dev/full"))
+    with pytest.raises(OSError, match=r"^/dev/full: cannot be written \(.*No space left on device\)$"):
+        sft.main(config(steps=1))
+
+
+def test_an_error_of_the_device_while_a_checkpoint_is_written_is_not_one_of_the_disk(config, monkeypatch):
+    def copy_to_the_host(*arguments):  # where an asynchronous error of CUDA shows
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", copy_to_the_host)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        sft.main(config(steps=1))
 
 
 def test_bfloat16_computes_in_half_and_keeps_whole_masters(config):
