@@ -175,9 +175,9 @@ def roll_out(
 
     show: with a progress bar, which moves by G completions when the last of a prompt is finished.
     """
+    bar = progress(None, len(prompts) * cfg.group, "completions", show)
     rows = dict(zip(prompts, ahead(encoder.prompt, prompts.values())))
     count, groups = encoder.count if cfg.length_unit == "tokens" else len, []
-    bar = progress(None, len(prompts) * cfg.group, "completions", show)
     for position, completions in sample(
         policy, rows.items(), cfg.group, cfg.max_new_tokens, cfg.temperature, cfg.top_p,
         stop_ids=encoder.stop_ids, banned=encoder.banned_ids, seed=cfg.seed * 1_000_003 + step,
