@@ -779,9 +779,11 @@ def leave_group() -> None:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type for --dtype auto, float32 or bfloat16; auto is bfloat16 on CUDA, float32 elsewhere."""
+    """The compute type for --dtype auto, float32 or bfloat16. auto is bfloat16 on CUDA from compute capability 8.0
+    (A100, RTX 30) on, where variable-length attention has kernels, and float32 elsewhere."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if recent else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
