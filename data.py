@@ -147,8 +147,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
 def end_process(code: int, message: str) -> NoReturn:
     """Print a message on stderr, and end with an exit code.
 
-    One of several ranks ends at once and leaves its process group open, since closing it can wait for ranks
-    that wait for this one. torchrun then ends the others: SIGTERM, and after 30 seconds SIGKILL.
+    One of several ranks ends at once and leaves its process group open, since closing it can wait
+    for ranks that wait for this one. torchrun then ends the others: SIGTERM, and after 30 seconds
+    SIGKILL.
     """
     print(message, end="", file=sys.stderr)
     if not torch.distributed.is_initialized():
@@ -161,9 +162,9 @@ def end_process(code: int, message: str) -> NoReturn:
 def fail_rank(error: Exception) -> NoReturn:
     """End one of several ranks after an unexpected exception: with its traceback and status 1.
 
-    A rank that has lost its connection to another one, which failed or was killed, prints a single line instead,
-    so that the message of the other one is found. It ends a little later, since torchrun's report names the
-    rank that ended first as the cause.
+    A rank that has lost its connection to another one, which failed or was killed, prints a single
+    line instead, so that the message of the other one is found. It ends a little later, since
+    torchrun's report names the rank that ended first as the cause.
     """
     rank, message = torch.distributed.get_rank(), str(error)
     lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
@@ -171,8 +172,9 @@ def fail_rank(error: Exception) -> NoReturn:
     lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
     if not (lost_in_gloo or lost_in_nccl or lost_the_store):
         end_process(1, f"rank {rank}:\n{traceback.format_exc()}")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends soon: there is no step to finish
-    print(f"error: rank {rank}: another rank has ended; its message says why", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it soon: there is no step to finish
+    sys.stderr.write(f"error: rank {rank}: another rank has ended; its message says why\n")
+    sys.stderr.flush()
     time.sleep(2)
     end_process(1, "")
 
@@ -180,8 +182,8 @@ def fail_rank(error: Exception) -> NoReturn:
 def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None = None,
         errors: tuple[type[Exception], ...] = ()) -> None:
     """Flags from a config dataclass, or from {subcommand: (dataclass, function)}; then run the function.
-    InputError, OSError and `errors` give one line on stderr and status 2, like wrong flags; Ctrl-C 130. With
-    several ranks the line names the rank, and every error ends the process at once (end_process)."""
+    InputError, OSError and `errors` give one line on stderr and status 2, like wrong flags; Ctrl-C
+    130. With several ranks the line names the rank, and an error ends the process at once."""
     how = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = Parser(description=sys.modules["__main__"].__doc__, **how)
     if isinstance(config, dict):
@@ -198,8 +200,10 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
         with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
             main(cfg)
     except (InputError, OSError, *errors) as error:
-        rank = f"rank {torch.distributed.get_rank()}: " if torch.distributed.is_initialized() else ""
-        end_process(2, f"error: {rank}{' '.join(str(error).split())}\n")
+        message = " ".join(str(error).split())
+        if torch.distributed.is_initialized():
+            message = f"rank {torch.distributed.get_rank()}: {message}"
+        end_process(2, f"error: {message}\n")
     except KeyboardInterrupt:
         end_process(130, "")
     except Exception as error:

@@ -722,22 +722,27 @@ class Ranks:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks instead of handing them back to the system, which costs a page fault per
-    4 KB when they are needed again, step after step. For CPU runs: beside a GPU it would keep the float32 weights
-    of every rank in host memory for the whole job. Elsewhere there is no mallopt, and nothing to do."""
+    """Have glibc keep large freed blocks instead of handing them back to the system, which costs a
+    page fault per 4 KB when they are needed again, step after step. This is for CPU runs: beside a GPU
+    it would keep what a rank has loaded in host memory for the whole job. Without glibc there is no
+    mallopt, and nothing to do."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-4, 0)) if mallopt else ():
         mallopt(parameter, value)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
 
 def choose_device(name: str, local_rank: int | None) -> torch.device:
-    """The device of this process; "auto" is CUDA, else MPS, else the CPU. On CUDA it becomes the current one.
+    """The device of this process, and on CUDA its current one; "auto" is CUDA, else MPS, else the CPU.
 
-    local_rank: this process's number on its machine if there are several ranks, each with a GPU of that index.
+    local_rank: with several ranks, this process's number on its machine, and the index of its GPU.
     OSError if the device cannot be used.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         device = torch.device(name)
         if device.type == "cuda":
@@ -759,22 +764,23 @@ def start_ranks(device: str = "auto") -> Ranks:
     if place.type == "cpu":
         keep_freed_memory()
     if place.type == "cuda":
-        # cuDNN's attention builds a graph for every new shape, and packed rows hardly ever repeat a shape.
+        # cuDNN's attention builds a graph for every new shape, and packed rows hardly repeat one.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1:
-        # Ranks may wait in a collective while one of them still generates: its outputs can be the longest by far.
+        # Ranks wait in a collective while another one still generates: outputs differ in length.
         patience = timedelta(hours=1)
-        torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=patience)
-        atexit.register(leave_group)  # not after an error, which ends the process at once (data.end_process)
-        # Ctrl-C ends a rank that waits for others, too, where Python could not handle the signal.
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=patience)
+        atexit.register(leave_group)  # after success only: an error does not come here (data.end_process)
+        # Ctrl-C shall end a rank at once, also one that waits for others, where Python handles no signal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return Ranks(rank, world, place)
 
 
 def leave_group() -> None:
-    """Close the process group after success, and let its threads run: one that still waits for Python when the
-    interpreter ends (to drop what the last collective held) aborts the process, about one run in twenty on a busy
-    machine."""
+    """Close the process group after success, and let its threads run: one that still waits for the
+    interpreter's lock when the interpreter ends (to drop what the last collective held) aborts the
+    process, about one run in twenty on a busy machine."""
     torch.distributed.destroy_process_group()
     time.sleep(0.5)
 
@@ -799,7 +805,7 @@ def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
 
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [*model.visual.blocks, *model.model.layers, model]:
+    for block in sharded_blocks(model):
         for module in block.modules():
             for name, old in module.named_parameters(recurse=False):
                 if old.device != ranks.device or old.dtype != torch.float32:  # else it is sharded already, or fits
@@ -819,16 +825,27 @@ def full(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def replica(model: QwenVL, dtype: torch.dtype, old: QwenVL | None = None) -> QwenVL:
     """An unsharded copy of the weights in `dtype` to sample from; `old`, an earlier replica, is overwritten.
-    A model that is whole and of that dtype already is its own replica."""
+    A model that is whole and of that dtype already is its own replica. Every rank must call."""
     if not model.sharded and next(model.parameters()).dtype == dtype:
         return model
     if old is None:
         with torch.device("meta"):
             old = QwenVL(model.config)
-        old = old.to(dtype).to_empty(device=next(model.parameters()).device).eval()
-    for target, parameter in zip(old.parameters(), model.parameters(), strict=True):
-        target.copy_(full(parameter))
+        old = old.to(dtype).to_empty(device=model.device).eval()
+    for block, copy in zip(sharded_blocks(model), sharded_blocks(old)):
+        if model.sharded:
+            block.unshard()  # one gather for the whole block, in the type it computes in
+        for target, parameter in zip(copy.parameters(), block.parameters(), strict=True):
+            if not hasattr(parameter, "full_tensor"):  # else the part of another block, which has had its turn
+                target.copy_(parameter)
+        if model.sharded:
+            block.reshard()
     return old
+
+
+def sharded_blocks(model: QwenVL) -> list[nn.Module]:
+    """What is sharded, gathered and freed as one: every layer, and the model for all that is in none."""
+    return [*model.visual.blocks, *model.model.layers, model]
 
 
 # ------------------------------------------------------------------------------------------------ sampling

@@ -206,7 +206,7 @@ class Run:
             with open(self._part(partial), "wb") as file:
                 torch.save({"step": step, "model": weights, "optimizer": moments}, file)
         except (OSError, RuntimeError) as error:
-            # When the file refuses a write, torch mostly raises a RuntimeError of its own while it handles that.
+            # When a write fails, torch mostly raises a RuntimeError of its own while it handles that.
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise  # an error of the device, for example
@@ -273,33 +273,34 @@ def write_whole(path: Path, text: str) -> None:
 class StopSignal:
     """A request to stop: SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT).
 
-    The first signal is noted, so that the loop can finish its step, write a checkpoint, and end with the exit
-    code 128 + signal, 143 or 130. The next one ends the process at once. What comes within `repeat` seconds
-    of the first repeats it: a scheduler may signal torchrun and its workers, and torchrun passes a signal on.
-    torchrun kills its workers 30 seconds later: where a step takes longer, it needs a --shutdown-timeout.
+    The first signal is noted, so that the loop can finish its step, write a checkpoint, and end with
+    the exit code 128 + signal, 143 or 130. The next one ends the process at once. What comes within
+    `repeat` seconds of the first repeats it: a scheduler may signal torchrun and its workers, and
+    torchrun passes a signal on. torchrun kills its workers 30 seconds after a signal; where a step
+    takes longer, its --shutdown-timeout has to be longer.
     """
 
     repeat = 2.0
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.number, self.noted_at = ranks, 0, 0.0
-        self.usual = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.usual = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number: int, frame) -> None:
         if not self.number:
             self.number, self.noted_at = number, time.monotonic()
             if self.ranks.rank == 0:  # os.write, as print may be interrupted within itself
-                os.write(2, b"stopping after this step, with a checkpoint; another signal ends at once\n")
+                os.write(2, b"stops after this step, with a checkpoint; another signal ends it at once\n")
         elif time.monotonic() - self.noted_at > self.repeat:
             os._exit(128 + number)
 
     def agreed(self) -> int:
-        """The number of the signal that any rank has received so far, or 0; the same on all ranks, which have to
-        stop after the same step, although their signals arrive at slightly different times."""
+        """The number of the signal that any rank has received so far, or 0. It is the same on all ranks:
+        they have to stop after the same step, though signals reach them at slightly different times."""
         return int(self.ranks.reduce(self.number, "max"))
 
     def restore(self) -> None:
-        """From here on a signal does what it did before: nothing is left that has to be finished."""
+        """From here on a signal does what it did before: no step is left that has to be finished."""
         for number, handler in self.usual.items():
             signal.signal(number, handler)
 

@@ -1,7 +1,8 @@
-"""What several ranks share: the choice of device and compute type, the end of all when one rank fails, signals,
-and the order of their collectives.
+"""What several ranks share: the choice of device and compute type, the end of all when one rank
+fails, signals, and the order of their collectives.
 
-Two-rank runs go through torchrun on the CPU (gloo, FSDP2), runs of eight ranks through a fake process group.
+Two-rank runs go through torchrun on the CPU (gloo, FSDP2). Of eight ranks one at a time runs, in a fake
+process group.
 
     python -m pytest tests/test_ranks.py
 """
@@ -188,10 +189,12 @@ data.cli(stage.Config, stage.main, (stage.CheckpointError,))
 def launch(folder: Path, ranks: int, *command: str) -> subprocess.Popen:
     """torchrun in the background; what it and its ranks say goes to folder/log."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    start.append("--shutdown-timeout=120")  # for what a signal leaves to be done; after a failure it is 30 seconds
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # The timeout is for what a signal leaves to be done. After a failure it is 30 seconds all the same.
+    options = [f"--nproc-per-node={ranks}", "--shutdown-timeout=120"]
     with open(folder / "log", "w") as log:
-        return subprocess.Popen([*start, *command], cwd=folder, env=env, stdout=log, stderr=log)
+        words = [*start, *options, *command]
+        return subprocess.Popen(words, cwd=folder, env=env, stdout=log, stderr=log)
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int:
@@ -210,14 +213,16 @@ def wait(process: subprocess.Popen, seconds: float) -> int:
 def test_when_one_rank_fails_all_end_and_its_message_is_told(config, tmp_path, stage, place, rank, kind):
     (tmp_path / "failing.py").write_text(FAILING)
     arguments = [stage, place, str(rank), kind, *flags(config(stage, steps=1))]
-    assert wait(launch(tmp_path, 2, "failing.py", *arguments), 150) == 1  # torchrun's own status for a failure
+    assert wait(launch(tmp_path, 2, "failing.py", *arguments), 150) == 1  # torchrun's own status
     text = (tmp_path / "log").read_text()
-    said, _, report = text.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')  # torchrun's
+    torchruns_own = 'Traceback (most recent call last):\n  File "<frozen runpy>"'
+    said, _, report = text.partition(torchruns_own)
     if kind == "bug":
         assert f"rank {rank}:\nTraceback" in said and said.count("Traceback") == 1
         assert "RuntimeError: broken\nhere\n" in said
     else:
-        assert re.search(f"^error: rank {rank}: .*broken here", said, re.MULTILINE) and "Traceback" not in said
+        assert re.search(f"^error: rank {rank}: .*broken here", said, re.MULTILINE)
+        assert "Traceback" not in said
     status = 1 if kind == "bug" else 2
     cause = report[report.index("Root Cause"):]
     assert re.search(rf"rank *: {rank} .*\n *exitcode *: {status} ", cause)
@@ -338,8 +343,9 @@ def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(config, tmp_
 
 
 @pytest.mark.parametrize("stage, number, status", [
-    (evaluate, signal.SIGTERM, -signal.SIGTERM), (augment, signal.SIGINT, 130)])  # a shell says 143 for the first
-def test_a_signal_ends_evaluate_and_augment_at_once(world, tmp_path, stage, number, status, monkeypatch):
+    (evaluate, signal.SIGTERM, -signal.SIGTERM),  # for which a shell says 143
+    (augment, signal.SIGINT, 130)])
+def test_a_signal_ends_evaluate_and_augment_at_once(world, tmp_path, monkeypatch, stage, number, status):
     monkeypatch.setattr(evaluate, "PACK_TOKENS", 1)  # no output waits for others
 
     def config(name):
@@ -389,8 +395,9 @@ MOST_ROWS = 4  # of any rank in one update
 class Collectives(TorchDispatchMode):
     """A group of 8 ranks of which only one runs, and the log of that one's collectives.
 
-    A collective of the fake group leaves this rank's own data in the place of the others'. What all ranks have
-    to be told the same is made up: the largest number of rows of any rank, and what the others gather.
+    A collective of the fake group leaves this rank's own data in the place of the others'. What all
+    ranks have to be told the same is made up: the largest number of rows of any rank, and what the
+    others gather.
     """
 
     def __init__(self, rank: int, patch: pytest.MonkeyPatch):
@@ -400,7 +407,7 @@ class Collectives(TorchDispatchMode):
 
         def all_reduce(tensor, op):
             reduce(tensor, op)
-            if op == torch.distributed.ReduceOp.MAX and tensor > 0:  # it is 0 where no rank has had a signal
+            if op == torch.distributed.ReduceOp.MAX and tensor > 0:  # 0: no rank has had a signal
                 tensor.clamp_(min=MOST_ROWS)
 
         for name in ("RANK", "LOCAL_RANK"):
@@ -413,7 +420,7 @@ class Collectives(TorchDispatchMode):
         patch.setattr(torch.distributed, "all_gather_object", self.all_gather_object)
 
     def all_gather_object(self, boxes: list, items: list) -> None:
-        """The others have the same as this rank, or, of what is shared out by its index, the indices beside."""
+        """The others have the same as this rank, but for indices: they have the ones beside."""
         self.log.append("all_gather_object")
         for other in range(WORLD):
             boxes[other] = [i + other - self.rank if isinstance(i, int) else i for i in items]
@@ -428,7 +435,7 @@ class Collectives(TorchDispatchMode):
 def collectives_of(rank: int, stage: str, cfg) -> list[str]:
     """The log of the whole run of one rank."""
     with pytest.MonkeyPatch.context() as patch:
-        # Odd ranks have one right output of two in every group, and even ones no group with any spread.
+        # Odd ranks have one right output of two in every group, even ones no group with any spread.
         texts = itertools.cycle(["", TARGET.format("fine", "harmful", "harmful")])
         patch.setattr(Encoder, "decode", lambda encoder, ids: next(texts) if rank % 2 else "")
         with Collectives(rank, patch) as collectives:
@@ -438,16 +445,17 @@ def collectives_of(rank: int, stage: str, cfg) -> list[str]:
 
 
 @pytest.mark.parametrize("stage, held_out, fields", [
-    ("sft", 11, dict(batch_size=13, epochs=13 / 24, pack_tokens=1)), ("sft", 3, dict(batch_size=24, freeze=["vision"])),
+    ("sft", 11, dict(batch_size=13, epochs=13 / 24, pack_tokens=1)),
+    ("sft", 3, dict(batch_size=24, freeze=["vision"], checkpointing=False)),
     ("grpo", 11, dict(rollout_batch=24, update_batch=12, pack_tokens=1)),
-    ("grpo", 3, dict(rollout_batch=16, update_batch=8, freeze=["decoder"]))])
+    ("grpo", 3, dict(rollout_batch=8, update_batch=8, epochs=8 / 24, freeze=["decoder"], checkpointing=False))])
 def test_each_of_8_ranks_issues_the_same_collectives(world, config, tmp_path, stage, held_out, fields):
     samples = read_samples([str(world / "train.jsonl")])
     text, images = ([s for s in samples if (s.image is None) == without] for without in (True, False))
     copies = [replace(s, id=f"{s.id} {i}") for i in range(6) for s in text]
     data, validation = world / "some-images.jsonl", world / "few.jsonl"
     write_samples(data, [*copies[:21], *images[:3]])  # most ranks have no image in a batch
-    write_samples(validation, copies[:held_out])  # of 11 some ranks have two and the others one; of 3 most have none
+    write_samples(validation, copies[:held_out])  # of 11 three ranks have two, of 3 five have none
     logs = []
     for rank in range(WORLD):
         out = tmp_path / f"rank-{rank}"
