@@ -6,7 +6,8 @@ Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/rollouts.
 
 No KL term and no reference model. A prompt and its G completions are one packed row: the prompt is encoded once
 in sampling and once in every update. State is weights, optimizer and step: what a step samples is a function of
-(seed, step, prompt, branch), so one process and many draw the same outputs, and resuming replays nothing.
+(seed, step, prompt, branch), so one process and many draw the same outputs, and resuming replays nothing. (On CUDA
+that holds in distribution: kernels choose their order of summation by shape, so last bits and then tokens differ.)
 
 Deviations: the clipped loss is min(K A, clip(K) A), as released and as usual, where the paper prints A outside;
 K is per token, as released; the loss is the mean over all tokens of the global mini-batch (the release averaged
@@ -174,9 +175,9 @@ def roll_out(
 
     show: with a progress bar, which moves by G completions when the last of a prompt is finished.
     """
+    bar = progress(None, len(prompts) * cfg.group, "completions", show)
     rows = dict(zip(prompts, ahead(encoder.prompt, prompts.values())))
     count, groups = encoder.count if cfg.length_unit == "tokens" else len, []
-    bar = progress(None, len(prompts) * cfg.group, "completions", show)
     for position, completions in sample(
         policy, rows.items(), cfg.group, cfg.max_new_tokens, cfg.temperature, cfg.top_p,
         stop_ids=encoder.stop_ids, banned=encoder.banned_ids, seed=cfg.seed * 1_000_003 + step,

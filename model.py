@@ -805,7 +805,7 @@ def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
 
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [*model.visual.blocks, *model.model.layers, model]:
+    for block in sharded_blocks(model):
         for module in block.modules():
             for name, old in module.named_parameters(recurse=False):
                 if old.device != ranks.device or old.dtype != torch.float32:  # else it is sharded already, or fits
@@ -825,16 +825,27 @@ def full(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def replica(model: QwenVL, dtype: torch.dtype, old: QwenVL | None = None) -> QwenVL:
     """An unsharded copy of the weights in `dtype` to sample from; `old`, an earlier replica, is overwritten.
-    A model that is whole and of that dtype already is its own replica."""
+    A model that is whole and of that dtype already is its own replica. Every rank must call."""
     if not model.sharded and next(model.parameters()).dtype == dtype:
         return model
     if old is None:
         with torch.device("meta"):
             old = QwenVL(model.config)
-        old = old.to(dtype).to_empty(device=next(model.parameters()).device).eval()
-    for target, parameter in zip(old.parameters(), model.parameters(), strict=True):
-        target.copy_(full(parameter))
+        old = old.to(dtype).to_empty(device=model.device).eval()
+    for block, copy in zip(sharded_blocks(model), sharded_blocks(old)):
+        if model.sharded:
+            block.unshard()  # one gather for the whole block, in the type it computes in
+        for target, parameter in zip(copy.parameters(), block.parameters(), strict=True):
+            if not hasattr(parameter, "full_tensor"):  # else the part of another block, which has had its turn
+                target.copy_(parameter)
+        if model.sharded:
+            block.reshard()
     return old
+
+
+def sharded_blocks(model: QwenVL) -> list[nn.Module]:
+    """What is sharded, gathered and freed as one: every layer, and the model for all that is in none."""
+    return [*model.visual.blocks, *model.model.layers, model]
 
 
 # ------------------------------------------------------------------------------------------------ sampling

@@ -59,6 +59,7 @@ def copy_lines(output: BinaryIO, log: TextIO, newest: deque[str]) -> None:
         log.flush()
         begun = begun.rpartition("\r")[2]
         newest.append(begun.strip() or whole)
+    log.write(begun)  # nothing, but for a stage that ends within a line
 
 
 def run(name: str, command: str, folder: Path, seconds: dict, every: float = 30.0) -> None:
@@ -73,7 +74,7 @@ def run(name: str, command: str, folder: Path, seconds: dict, every: float = 30.
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     stage = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, env=environment, **pipe)
     newest = deque(["starting"], maxlen=1)
-    with stage, open(folder / f"{name}.log", "w") as log:
+    with open(folder / f"{name}.log", "w") as log, stage:
         reader = Thread(target=copy_lines, args=(stage.stdout, log, newest))
         reader.start()
         while reader.is_alive():

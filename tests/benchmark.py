@@ -223,13 +223,13 @@ def update() -> Iterator[dict]:
     pairs = [(p.grad, named[n].view_as(p)) for n, p in mine.named_parameters()]
     error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     check(abs(losses["ours"] - losses["peer"]) < 1e-5 and error < 1e-4, f"{losses}, gradients differ by {error:.1e}")
-    yield result("GRPO update, guard, 16 x 50..250 tokens, tiny", total / a, total / b, "tokens/s", ">= 4",
+    yield result("GRPO update, guard, 16 x 50..250 tokens, tiny", total / a, total / b, "tokens/s", ">= 7",
                  f"transformers on padded copies, {micro} at a time (best of 1 and 4), "
                  f"gradients within {error:.0e}; {note}")
     memory = memory_of("update", "ours")
-    for copies in sorted({micro, 16}):
+    for copies in (4, 16):
         yield result("its peak memory", memory, memory_of("update", "peer", copies), "MB",
-                     "<= 0.333" if copies == micro else "", f"the same, {copies} copies at a time")
+                     "<= 1" if copies == 4 else "", f"the same, {copies} copies at a time")
     flops = 3e-9 * forward_flops(mine, row.extend(completions))
     yield result("its matrix arithmetic", flops / a, machine()[torch.float32], "GFLOP/s", "",
                  "a product of 2048 x 2048; attention itself is not counted")
@@ -297,7 +297,7 @@ def grpo_step() -> Iterator[dict]:
                       temperature=1.0, checkpointing=False, dtype="float32", device="cpu")
     model, encoder, compute = sft.load_for_training(cfg, ALONE)
     optimizer = sft.make_optimizer(model, cfg.lr, cfg.weight_decay)
-    for shape, goal, micros, steps in (("short", ">= 3.5", (4, 8, 32), 4), ("guard", ">= 6", (2, 8), 2)):
+    for shape, goal, micros, steps in (("short", ">= 2.5", (4, 8, 32), 4), ("guard", ">= 7", (2, 8), 2)):
         samples = [make_sample(encoder, *SHAPES[shape], seed=seed) for seed in range(2)]
         quarter = {"samples": samples[:1], "num_generations": 8, "batch": 8}
 
@@ -336,7 +336,7 @@ def sft_step() -> Iterator[dict]:
 
     # TRL's loss is the same mean over targets; its template ends every answer with one more newline
     work = f"SFT, {min(map(len, rows))} to {max(map(len, rows))} tokens, 32 a step, tiny"
-    yield trl_row(work, "SFT", (2, 4, 8), real, ">= 1.7", ours, real + 32, 4, {}, samples=samples,
+    yield trl_row(work, "SFT", (2, 4, 8), real, ">= 1.5", ours, real + 32, 4, {}, samples=samples,
                   encoder=encoder, max_length=None, weight_decay=0.0)
     yield result("tokens that it computes", computed[-1], real, "tokens", "<= 1.03", "the tokens of the samples")
 
@@ -426,8 +426,8 @@ def growth() -> Iterator[dict]:
 
 
 ROWS = {
-    "sample-tiny": lambda: sampling("tiny", 128, {"short": ">= 3.5", "guard": ">= 6"}, 20),
-    "sample-mid": lambda: sampling("mid", 32, {"short": ">= 2", "guard": ">= 5"}, 20),
+    "sample-tiny": lambda: sampling("tiny", 128, {"short": ">= 2", "guard": ">= 3.5"}, 20),
+    "sample-mid": lambda: sampling("mid", 32, {"short": ">= 4", "guard": ">= 5.5"}, 20),
     "evaluate": evaluation, "update": update, "step": grpo_step, "sft": sft_step, "head": head, "load": loading,
     "images": images, "growth": growth,
 }

@@ -8,11 +8,10 @@ and no contents, while a Ledger counts the bytes that are alive. That gives weig
 of a packed row and the head, as the code stands. Arithmetic adds what such a run cannot show:
 - several ranks (FSDP2): 16 bytes for every trained parameter / ranks, and what is whole for a time: the root group,
   three blocks as gathered, two blocks' gradients on their way to being reduced (see `sharded_update`);
-- sampling: the caches, at their worst case or as far as a share of the free memory allows (see `rollout`).
+- sampling: the caches, at their worst case or as far as the sampler's share of the free memory allows.
 
 What is assumed: every prompt has a picture of the largest size and 1,200 tokens, an answer has 300; rows are as full
-as --pack-tokens allows; of a card, 4 GiB are left to the context, the allocator's gaps and NCCL. Attention on a card
-takes another kernel than here; none of them keeps the scores.
+as --pack-tokens allows. Attention on a card takes another kernel than here; none of them keeps the scores.
 
     python tests/memory.py [--only 3B grpo] [--json FILE]
 """
@@ -46,8 +45,8 @@ from data import Row, Segment  # noqa: E402
 
 GIB = 2**30
 CARDS = {"80 GB": 79.1, "24 GB": 22.0}  # GiB that such cards report, the smallest of their kinds
-RESERVE = 4.0  # GiB of a card for the context, the allocator's gaps and NCCL
-SHARE = 0.9  # of the memory that is free when sampling starts, what the sampler may fill
+CONTEXT = 1.0  # GiB of a card that CUDA and NCCL take
+RESERVE = {"training": 4.0, "sampling": 2.0}  # GiB of a card that stay free: the context, and the allocator's gaps
 ALONE = qwen.Ranks(0, 1, torch.device("cpu"))
 BANNED = (0, 1, 2)  # ids that are never sampled; how many there are hardly matters
 aten = torch.ops.aten
@@ -423,8 +422,8 @@ class Cell:
 
 
 def training_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
-    """SFT, or the update of GRPO. It fits if the reserve is left."""
-    kind, room = stage.split()[0], CARDS[card] - RESERVE
+    """SFT, or the update of GRPO."""
+    kind, room = stage.split()[0], CARDS[card] - RESERVE["training"]
     cfg = {"sft": sft.Config, "grpo": grpo.Config}[kind]()
 
     def parts(world: int, **flags) -> dict[str, float]:
@@ -443,14 +442,13 @@ def training_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
         return f"torchrun --nproc-per-node {enough[0]}" if enough else "more ranks, on several machines"
 
     found = parts(ranks)
-    fits = sum(found.values()) <= room
     peak = sum(found.values())
-    return Cell(name, stage, card, ranks, peak, peak, found, fits, "" if fits else advice())
+    return Cell(name, stage, card, ranks, peak, peak, found, peak <= room, "" if peak <= room else advice())
 
 
 def sampling_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
-    """A stage that samples: its caches take what they can use of a share of the free memory. It fits if the work
-    and the caches of one prompt find room there."""
+    """A stage that samples. Its caches take what they can use of model.CACHE_SHARE of the memory that is free before,
+    but always hold one prompt; the work comes on top: prompts are encoded while the caches of others are full."""
     config = MODELS[name]
     cfg = {"augment": augment.Config, "grpo rollout": grpo.Config, "evaluate": evaluate.Config}[stage]()
     n, resident = 1, 0
@@ -459,18 +457,26 @@ def sampling_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
     if stage == "grpo rollout":
         n, resident = cfg.group, optimizer_bytes(build(config, cfg, device="meta"), gradients=False) // ranks
     longest = getattr(cfg, "max_prompt_tokens", 3072)
-    found = rollout(config, cfg, Traffic(), n, longest, resident)
-    found = {key: value / GIB for key, value in found.items()}
-    room = SHARE * (CARDS[card] - found["fixed"])
-    work = max(found["prefill"], found["decode"])  # prompts are encoded while the caches of others are full
-    wanted, least = work + found["caches"], work + found["least"]
-    fits, advice = least <= room, ""
-    if not fits:
-        advice = "more ranks, or larger cards" if resident else "a larger card"
-        if 0 < room:
-            advice = f"--max-branches {cfg.max_branches // 2}, a smaller --max-new-tokens, or {advice}"
-    peak = found["fixed"] + max(min(wanted, room), least)
-    return Cell(name, stage, card, ranks, peak, found["fixed"] + wanted, found, fits, advice)
+
+    def parts(branches: int) -> dict[str, float]:
+        found = rollout(config, replace(cfg, max_branches=branches), Traffic(), n, longest, resident)
+        found = {key: value / GIB for key, value in found.items()}
+        free = CARDS[card] - CONTEXT - found["fixed"]
+        held = max(min(found["caches"], qwen.CACHE_SHARE * free), found["least"])
+        work = found["fixed"] + max(found["prefill"], found["decode"])
+        return found | {"peak": work + held, "wanted": work + found["caches"]}
+
+    def advice() -> str:
+        branches = cfg.max_branches // 2
+        while branches >= n and found["fixed"] < room:
+            if parts(branches)["peak"] <= room:
+                return f"--max-branches {branches}"
+            branches //= 2
+        return "more ranks, or larger cards" if resident else "a larger card"
+
+    found, room = parts(cfg.max_branches), CARDS[card] - RESERVE["sampling"]
+    peak, wanted = found.pop("peak"), found.pop("wanted")
+    return Cell(name, stage, card, ranks, peak, wanted, found, peak <= room, "" if peak <= room else advice())
 
 
 def cells(only: list[str]) -> Iterator[Cell]:
@@ -501,9 +507,10 @@ def report(found: list[Cell]) -> str:
             row = [by.get((model, card, ranks, stage)) for stage in STAGES]
             if any(row):
                 lines.append(f"| {model}, {ranks} x {card} | " + " | ".join(map(shown, row)) + " |")
-    lines += ["", f"GiB a card; it has {' or '.join(f'{size} ({kind})' for kind, size in CARDS.items())}, of which "
-              f"training leaves {RESERVE:g}, and sampling a tenth of what is free. In brackets: with all caches at "
-              "their worst case. Bold: does not fit."]  # fmt: skip
+    sizes = " or ".join(f"{size} ({kind})" for kind, size in CARDS.items())
+    lines += ["", f"GiB a card, which has {sizes}; {RESERVE['training']:g} of them stay free in training, and "
+              f"{RESERVE['sampling']:g} in sampling. In brackets: if the caches were not limited to what is free. "
+              "Bold: does not fit."]  # fmt: skip
     lines += [f"- {cell.name}: {cell.peak:.1f} GiB; {cell.advice}" for cell in found if not cell.fits]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ Run: python -m pytest tests/test_model.py
 """
 import copy
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -449,6 +450,72 @@ def test_loading_needs_no_second_copy(tmp_path):
     assert rise < 2.5 * size, f"loading {size:.0f} MiB took {rise:.0f} MiB"
 
 
+LOADING = """# Each rank of torchrun loads a model for training; the first one prints how much memory that took.
+import json, re, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+import torch
+import model
+
+def private() -> int:  # bytes; without the pages of mapped files, which all ranks share
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, private())
+        time.sleep(0.001)
+
+torch.distributed.init_process_group("gloo")  # as start_ranks does, which on a CPU keeps freed memory
+ranks = model.Ranks(torch.distributed.get_rank(), 2, torch.device("cpu"))
+model.shard(model.load(sys.argv[3]), ranks, torch.float32)  # a small one, so that libraries take what they take
+before = peak = private()
+threading.Thread(target=watch, daemon=True).start()
+net = model.shard(model.load(sys.argv[2]), ranks, torch.float32)
+held = sum(p.to_local().nbytes for p in net.parameters())
+ranks.barrier()
+if ranks.rank == 0:
+    print(json.dumps({"peak": peak - before, "kept": private() - before, "held": held}))
+torch.distributed.destroy_process_group()
+"""
+
+
+def large_checkpoint(folder):
+    """A checkpoint in bfloat16 whose weights are nearly all in 24 like layers; returns its size in bytes."""
+    config = reference_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=24)
+    config.vision_config.out_hidden_size = 512
+    config.text_config.rope_parameters["mrope_section"] = [16, 24, 24]
+    with torch.device("meta"):
+        hf = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
+    shapes = published_names(hf.state_dict())
+    tensors = {name: torch.zeros(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
+    write_checkpoint(folder, hf, tensors=tensors)
+    return (folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_two_ranks_load_without_a_second_copy(tmp_path):
+    """Each converts the mapped file block by block into its half of the float32 weights, here as large as the file
+    itself, as the device is the host; on a GPU node these live on the cards, and the host keeps nothing."""
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+    size = large_checkpoint(tmp_path / "large")
+    hf = reference_model()
+    write_checkpoint(tmp_path / "small", hf)
+    (tmp_path / "loading.py").write_text(LOADING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               str(tmp_path / "loading.py"), str(Path(ours.__file__).parent), str(tmp_path / "large"),
+               str(tmp_path / "small")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+           "MALLOC_MMAP_THRESHOLD_": str(2**17)}  # freed memory goes back to the system at once, and is not counted
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert size > 150 * 2**20 and abs(found["held"] / size - 1) < 0.01
+    assert found["peak"] < 1.1 * size and found["kept"] < 1.05 * size, (found, size)
+
+
 # ---------------------------------------------------------------- packed rows
 
 def completions(*lengths):
@@ -510,6 +577,36 @@ def test_the_head_computes_alike_forward_and_backward_under_autocast(net, monkey
         logprobs, _ = net(PACKED)
     gradients(net, logprobs.sum())
     assert len(seen) >= 2 and set(seen) == {torch.bfloat16}
+
+
+def test_the_heads_gradient_is_added_up_in_float32(net):
+    """Over many chunks, also for a head in bfloat16, as under FSDP2: rounded once, not after every chunk."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4096, 64, generator=draw).bfloat16()
+    targets = torch.randint(300, (4096,), generator=draw)
+    head = torch.randn(300, 64, generator=draw).bfloat16().requires_grad_()
+
+    def gradient(chunk: int, head: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        logprobs, _ = ours.ChunkedLogprobs.apply(hidden, targets, head, 1.0, (), chunk)
+        return torch.autograd.grad(logprobs.sum(), head)[0].float()
+
+    exact = gradient(4096, head.detach().float().requires_grad_(), hidden.float())
+    error = [(gradient(chunk, head, hidden) - exact).norm() / exact.norm() for chunk in (4096, 16)]
+    assert error[1] < 1.1 * error[0]
+
+
+def test_the_residual_stream_is_in_the_compute_type(net):
+    """Under autocast, that is on one rank, as on several and as in the sampler."""
+    seen = []
+    layer = net.model.layers[1]
+    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        net(PACKED)
+        net.visual.blocks[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+        net(PACKED)
+    hook.remove()
+    net.visual.blocks[1]._forward_pre_hooks.clear()
+    assert seen == [torch.bfloat16] * 3
 
 
 def test_recomputing_activations_changes_nothing(back_end, net):
@@ -688,6 +785,17 @@ def test_decoding_attention_equals_the_dense_one(back_end):
         scores = torch.einsum("hd,thd->ht", q[i], k) / 4
         torch.testing.assert_close(lse[i], scores.logsumexp(-1), atol=1e-5, rtol=0)
         torch.testing.assert_close(out[i], torch.einsum("ht,thd->hd", scores.softmax(-1), v), atol=1e-5, rtol=0)
+
+
+def test_decoding_in_half_precision_keeps_scores_in_float32():
+    """Scores near 24 would be an eighth apart in bfloat16: the trainer's kernels do not round them either."""
+    draw = torch.Generator().manual_seed(0)
+    q = 6 * torch.randn(2, 3, 4, 16, generator=draw).bfloat16()
+    k, v = (torch.randn(2, 40, 2, 16, generator=draw).bfloat16() for _ in range(2))
+    lengths = torch.tensor([40, 25], dtype=torch.int32)
+    half, exact = (ours.plain_attention(q.to(t), k.to(t), v.to(t), lengths) for t in (torch.bfloat16, torch.float32))
+    torch.testing.assert_close(half[1], exact[1], atol=1e-5, rtol=0)
+    assert torch.equal(half[0], exact[0].bfloat16())
 
 
 @pytest.mark.parametrize("layers, rows, change", [
