@@ -138,6 +138,7 @@ class Run(NamedTuple):
     count: int  # segments
     length: int  # tokens of each
     prefix: int | None  # index of the run that is their prefix
+    mask: Tensor | None  # with a prefix: what its tokens see of prefix and segment, bool [length, both]
 
 
 class PackedAttention:
@@ -188,29 +189,18 @@ class PackedAttention:
     @cached_property
     def _runs(self) -> list[Run]:
         """The row as runs. A segment that others extend is a run of its own."""
-        extended = {prefix for prefix in self.prefixes if prefix is not None}
-        runs, run_of, alike = [], {}, None
+        extended, run_of, runs, alike = set(self.prefixes), {}, [], None
         for i, (length, prefix) in enumerate(zip(self.lengths, self.prefixes)):
-            if i in extended:
-                run_of[i], alike = len(runs), None
-                runs.append(Run(1, length, None))
-            elif alike == (length, prefix):
-                runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
-            else:
-                alike = length, prefix
-                runs.append(Run(1, length, run_of.get(prefix)))
+            if i in extended or alike != (length, prefix):
+                before, mask = run_of.get(prefix), None
+                if before is not None:
+                    seen = runs[before].length
+                    mask = torch.ones(length, seen + length, dtype=torch.bool, device=self.device).tril(seen)
+                runs.append(Run(0, length, before, mask))
+            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            run_of[i] = len(runs) - 1
+            alike = None if i in extended else (length, prefix)
         return runs
-
-    @cached_property
-    def _masks(self) -> list[Tensor | None]:
-        """For every run with a prefix what its tokens see of prefix and segment, bool [length, both]."""
-        masks = []
-        for run in self._runs:
-            before = None if run.prefix is None else self._runs[run.prefix].length
-            shape = (run.length, before + run.length) if before else (0, 0)
-            mask = torch.ones(shape, dtype=torch.bool, device=self.device).tril(before or 0)
-            masks.append(mask if before else None)
-        return masks
 
     def _run_by_run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sizes = [run.count * run.length for run in self._runs]
@@ -222,13 +212,16 @@ class PackedAttention:
 
         queries, keys, values = batched(q), batched(k), batched(v)
         outs = []
-        for i, (run, mask) in enumerate(zip(self._runs, self._masks)):
-            k, v = keys[i], values[i]
-            if mask is not None:  # one copy of the prefix for all segments of the run
-                k = torch.cat([keys[run.prefix].expand(run.count, -1, -1, -1), k], dim=2)
-                v = torch.cat([values[run.prefix].expand(run.count, -1, -1, -1), v], dim=2)
-            causal = self.causal and mask is None
-            out = F.scaled_dot_product_attention(queries[i], k, v, mask, is_causal=causal, enable_gqa=True)
+        for i, run in enumerate(self._runs):
+            seen_keys, seen_values = keys[i], values[i]
+            if run.prefix is not None:
+                seen_keys, seen_values = (
+                    torch.cat([x[run.prefix].expand(run.count, -1, -1, -1), x[i]], dim=2) for x in (keys, values)
+                )
+            causal = self.causal and run.mask is None
+            out = F.scaled_dot_product_attention(
+                queries[i], seen_keys, seen_values, run.mask, is_causal=causal, enable_gqa=True
+            )
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)
 
@@ -786,9 +779,11 @@ def leave_group() -> None:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type for --dtype auto, float32 or bfloat16; auto is bfloat16 on CUDA, float32 elsewhere."""
+    """The compute type for --dtype auto, float32 or bfloat16. auto is bfloat16 on CUDA from compute capability 8.0
+    (A100, RTX 30) on, where variable-length attention has kernels, and float32 elsewhere."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if recent else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
@@ -1004,8 +999,8 @@ class DecodeBatch:
           row 1: q q q q q                 branch 2, of prompt 1: c . .
 
     The host knows every branch's tokens (branches). On the device are, for each branch: hidden [B, D] of its newest
-    token, token [B] itself, its position [B], its index among the branch's own tokens [B], length [B] of these in
-    the own cache (the same number, int32 as attention takes it), and random numbers [B, limit].
+    token, token [B] itself, its position [B], its index [B] among the branch's own tokens, and random numbers
+    [B, limit].
     """
 
     def __init__(self, model: QwenVL, n: int, limit: int, seed: int):
@@ -1030,14 +1025,14 @@ class DecodeBatch:
         start = torch.tensor([segment.start for segment in row.segments])
         tokens = torch.arange(max(lengths)) + start[:, None]  # [new prompts, P]; beyond a prompt other tokens follow
         tokens = tokens.clamp(max=len(row.ids) - 1).to(device)
-        kv_shape = (0, *attention.recorded_kv[0][0].shape[1:])
+        heads = attention.recorded_kv[0][0].shape[1:]  # K, d
         self.prompts.append([(k[tokens], v[tokens]) for k, v in drain(attention.recorded_kv)])
 
         first, names = len(self.prompt_lengths), [(key, i) for key, _ in prompts for i in range(self.n)]
         owners = [first + i // self.n for i in range(len(names))]
         self.prompt_lengths += lengths
         self.branches += [Branch(key, number, owner, [], []) for (key, number), owner in zip(names, owners)]
-        own = hidden.new_zeros(len(names), max(1, self.own.shape()[1]), *kv_shape[1:])
+        own = hidden.new_zeros(len(names), max(1, self.own.shape()[1]), *heads)
         self.own.append([(own, own) for _ in model.model.layers])
         last = (start + torch.tensor(lengths) - 1).repeat_interleave(self.n)
         new = {
@@ -1045,7 +1040,6 @@ class DecodeBatch:
             "token": torch.zeros_like(last),
             "position": row.positions[0, last] + 1,  # a prompt ends in text, whose three coordinates are equal
             "index": torch.zeros_like(last),
-            "length": torch.zeros_like(last, dtype=torch.int32),
             "random": torch.stack([random_stream(self.seed, *name, self.limit) for name in names]),
         }
         for name, values in new.items():
@@ -1086,7 +1080,7 @@ class DecodeBatch:
         starts = self.ask_own.row_numbers[:-1] * self.own.shape()[1]
         self.slots = starts + state["index"]  # [B], of the newest tokens in the own cache
         state["index"] += 1
-        state["length"] += 1
+        self.own_lengths = state["index"].int()
         x = model.model.embed_tokens(state["token"])
         cos, sin = model.rope(state["position"].expand(3, -1))
         for layer in model.model.layers:
@@ -1103,9 +1097,9 @@ class DecodeBatch:
         own_keys, own_values = self.own.layers[layer]
         own_keys.flatten(0, 1).index_copy_(0, self.slots, k)
         own_values.flatten(0, 1).index_copy_(0, self.slots, v)
-        own, own_lse = self.ask_own(q, own_keys, own_values, self.state["length"], self.longest)
-        lengths = self.lengths_of_prompts, self.longest_prompt
-        prompt, prompt_lse = self.ask_prompts(q, *self.prompts.layers[layer], *lengths)
+        own, own_lse = self.ask_own(q, own_keys, own_values, self.own_lengths, self.longest)
+        keys, values = self.prompts.layers[layer]
+        prompt, prompt_lse = self.ask_prompts(q, keys, values, self.lengths_of_prompts, self.longest_prompt)
         weight = torch.sigmoid(prompt_lse - own_lse)[..., None].to(q.dtype)
         return torch.lerp(own, prompt, weight)
 
@@ -1253,4 +1247,4 @@ def free_cache_tokens(model: QwenVL) -> int:
     free = torch.cuda.mem_get_info(model.device)[0] + unused
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.head.itemsize
-    return int(CACHE_SHARE * free) // per_token
+    return max(1, int(CACHE_SHARE * free) // per_token)

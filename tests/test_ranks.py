@@ -152,10 +152,13 @@ def test_only_runs_on_the_cpu_keep_freed_memory(cuda, monkeypatch):
     assert kept == ["kept"]
 
 
-def test_the_compute_type_follows_the_device_unless_it_is_given():
+def test_the_compute_type_follows_the_device_unless_it_is_given(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for capability, auto in (((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float32)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert qwen.choose_dtype("auto", gpu) == auto
     assert qwen.choose_dtype("auto", cpu) == qwen.choose_dtype("float32", gpu) == torch.float32
-    assert qwen.choose_dtype("auto", gpu) == qwen.choose_dtype("bfloat16", cpu) == torch.bfloat16
+    assert qwen.choose_dtype("bfloat16", cpu) == torch.bfloat16
 
 
 # ---- one rank fails
