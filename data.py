@@ -151,12 +151,14 @@ def end_process(code: int, message: str) -> NoReturn:
     for ranks that wait for this one. torchrun then ends the others: SIGTERM, and after 30 seconds
     SIGKILL.
     """
-    print(message, end="", file=sys.stderr)
     if not torch.distributed.is_initialized():
+        print(message, end="", file=sys.stderr)
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        print(message, end="", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:  # also if nobody reads what is printed any more
+        os._exit(code)
 
 
 def fail_rank(error: Exception) -> NoReturn:

@@ -30,7 +30,7 @@ import grpo
 import model as qwen
 import sft
 import toy
-from data import TARGET, Encoder, InputError, cli, read_samples, write_samples
+from data import TARGET, Encoder, InputError, cli, end_process, read_samples, write_samples
 from test_sft import ROOT, TINY, flags, metrics, same, weights
 
 STAGES = {"sft": sft, "grpo": grpo}
@@ -256,6 +256,18 @@ def test_how_one_of_several_ranks_ends(monkeypatch, capsys, error, status, said)
     assert end.value.code == status
     lost = "error: rank 5: another rank has ended; its message says why\n"
     assert re.fullmatch(said.replace("LOST", lost), capsys.readouterr().err)
+
+
+def test_a_rank_ends_also_when_nobody_reads_its_output(monkeypatch):
+    def broken(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys.stdout, "flush", broken)
+    with pytest.raises(SystemExit) as end:
+        end_process(2, "error: rank 5: broken here\n")
+    assert end.value.code == 2
 
 
 # ---- signals
