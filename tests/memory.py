@@ -18,7 +18,9 @@ as --pack-tokens allows. Attention on a card takes another kernel than here; non
 
 import argparse
 import gc
+import inspect
 import json
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -48,6 +50,7 @@ CARDS = {"80 GB": 79.1, "24 GB": 22.0}  # GiB that such cards report, the smalle
 CONTEXT = 1.0  # GiB of a card that CUDA and NCCL take
 RESERVE = {"training": 4.0, "sampling": 2.0}  # GiB of a card that stay free: the context, and the allocator's gaps
 ALONE = qwen.Ranks(0, 1, torch.device("cpu"))
+PREFILL = inspect.signature(qwen.sample).parameters["prefill_tokens"].default
 BANNED = (0, 1, 2)  # ids that are never sampled; how many there are hardly matters
 aten = torch.ops.aten
 
@@ -144,7 +147,6 @@ class Ledger(TorchDispatchMode):
 
     def reset(self) -> int:
         """Forget the peak so far; returns what is alive."""
-        gc.collect()
         self.peak = self.now
         return self.now
 
@@ -184,11 +186,11 @@ class Traffic:
 
     prompt: int = 1200  # tokens, those of the picture included
     answer: int = 300  # tokens of an SFT target or of a completion of GRPO
-    side: int = 756  # pixels: the largest square picture within the SFT default of --max-pixels
+    side: int = 756  # pixels: the largest square picture within the SFT default of --max-pixels; 0: no picture
 
-    def prompt_row(self, config: qwen.Config, tokens: int | None = None, picture: bool = True) -> Row:
-        """A prompt of so many tokens, nothing of it supervised."""
-        tokens, patches = tokens or self.prompt, self.side // config.vision.patch_size if picture else 0
+    def prompt_row(self, config: qwen.Config, tokens: int | None = None) -> Row:
+        """A prompt (of so many tokens), nothing of it supervised."""
+        tokens, patches = tokens or self.prompt, self.side // config.vision.patch_size
         image_tokens = (patches // config.vision.spatial_merge_size) ** 2
         if image_tokens + 2 > tokens:
             raise ValueError(f"a prompt of {tokens} tokens cannot hold a picture of {image_tokens}")
@@ -196,7 +198,7 @@ class Traffic:
         ids[1 : 1 + image_tokens] = config.image_token_id
         positions = torch.arange(tokens).expand(3, -1)
         inputs = 3 * config.vision.temporal_patch_size * config.vision.patch_size**2
-        grids = ((1, patches, patches),) if picture else ()
+        grids = ((1, patches, patches),) if patches else ()
         nothing = torch.zeros(tokens, dtype=torch.bool)
         return Row(ids, positions, (Segment(0, tokens),), nothing, torch.zeros(patches**2, inputs), grids)
 
@@ -265,6 +267,7 @@ def whole_update(stage: str, config: qwen.Config, cfg, traffic: Traffic, compute
             if not optimizer.state:
                 optimizer.step()
         row = row_of(traffic, config, cfg)
+        gc.collect()
         resident = ledger.reset()
 
         def loss(row: Row, real: bool) -> Tensor:
@@ -287,6 +290,7 @@ def sharded_row(stage: str, config: qwen.Config, cfg, traffic: Traffic, compute:
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(drop_gradient)
         row = row_of(traffic, config, cfg)
+        gc.collect()
         before = ledger.reset()
         loss_of(model, row, cfg, compute).backward()
         return ledger.peak - before
@@ -349,29 +353,23 @@ def cache_bytes(config: qwen.Config, prompts: int, longest: int, branches: int, 
 
 
 @remembered
-def sampling_work(config: qwen.Config, traffic: Traffic, branches: int, n: int, temperature: float, top_p: float,
+def sampling_work(config: qwen.Config, traffic: Traffic, prompts: int, n: int, temperature: float, top_p: float,
                   dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that sampling takes beside weights and caches: while a full batch of prompts is encoded, and in a step
-    of all branches, with its draw.
-
-    The first prompts fill a prefill batch; the others are as short as can be: only their branches count here.
-    """
-    count, room, new = max(1, branches // n), 16384 // traffic.prompt + 1, 2
+    """Bytes that sampling takes beside weights and caches, with so many prompts: until the first tokens are drawn,
+    and in the step after that."""
     with without_contents() as ledger:
-        model = weights(config, dtype)
-        rows = [traffic.prompt_row(config) for _ in range(min(count, room))]
-        rows += [traffic.prompt_row(config, 16, picture=False) for _ in range(count - len(rows))]
+        model, row = weights(config, dtype), traffic.prompt_row(config)
         before, peaks = ledger.reset(), []
 
-        def watch(tokens: Tensor) -> None:
+        def watch(tokens) -> None:
             peaks.append(ledger.peak - before)
             ledger.reset()
 
-        how = {"banned": BANNED, "max_branches": branches, "watch": watch}
-        for _ in qwen.sample(model, enumerate(rows), n, new, temperature, top_p, **how):
+        how = {"banned": BANNED, "max_branches": prompts * n, "watch": watch}
+        for _ in qwen.sample(model, enumerate([row] * prompts), n, 2, temperature, top_p, **how):
             pass
-    prefill = peaks[0] - cache_bytes(config, count, traffic.prompt, 0, 0, dtype)
-    return prefill, peaks[1] - cache_bytes(config, count, traffic.prompt, count * n, new, dtype)
+    first = cache_bytes(config, prompts, traffic.prompt, 0, 0, dtype)
+    return peaks[0] - first, peaks[1] - first - cache_bytes(config, 0, 0, prompts * n, 2, dtype)
 
 
 def rollout(config: qwen.Config, cfg, traffic: Traffic, n: int, longest: int, resident: int = 0,
@@ -384,7 +382,9 @@ def rollout(config: qwen.Config, cfg, traffic: Traffic, n: int, longest: int, re
     """
     fixed = resident + dtype.itemsize * sizes(weights(config, dtype, "meta"))
     prompts = max(1, cfg.max_branches // n)
-    prefill, decode = sampling_work(config, traffic, cfg.max_branches, n, cfg.temperature, cfg.top_p, dtype)
+    together, how = math.ceil(PREFILL / traffic.prompt), (n, cfg.temperature, cfg.top_p, dtype)
+    prefill, _ = sampling_work(config, traffic, min(prompts, together), *how)
+    _, decode = sampling_work(config, Traffic(prompt=16, side=0), prompts, *how)  # all branches of short prompts
     return {
         "fixed": fixed,
         "prefill": prefill,
@@ -398,6 +398,7 @@ def rollout(config: qwen.Config, cfg, traffic: Traffic, n: int, longest: int, re
 # ------------------------------------------------------------------------------------------------ the table
 
 
+TYPICAL = Traffic()
 STAGES = ("sft", "augment", "grpo rollout", "grpo update", "evaluate")
 PLACES = (("80 GB", 1), ("80 GB", 4), ("80 GB", 8), ("24 GB", 1))  # kind of card, how many
 
@@ -427,7 +428,7 @@ def training_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
     cfg = {"sft": sft.Config, "grpo": grpo.Config}[kind]()
 
     def parts(world: int, **flags) -> dict[str, float]:
-        found = update(kind, MODELS[name], replace(cfg, **flags), Traffic(), world)
+        found = update(kind, MODELS[name], replace(cfg, **flags), TYPICAL, world)
         return {key: value / GIB for key, value in found.items()}
 
     def advice() -> str:
@@ -459,7 +460,7 @@ def sampling_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
     longest = getattr(cfg, "max_prompt_tokens", 3072)
 
     def parts(branches: int) -> dict[str, float]:
-        found = rollout(config, replace(cfg, max_branches=branches), Traffic(), n, longest, resident)
+        found = rollout(config, replace(cfg, max_branches=branches), TYPICAL, n, longest, resident)
         found = {key: value / GIB for key, value in found.items()}
         free = CARDS[card] - CONTEXT - found["fixed"]
         held = max(min(found["caches"], qwen.CACHE_SHARE * free), found["least"])

@@ -140,3 +140,161 @@ def test_rollout_takes_what_is_estimated(world, dtype):
     assert estimate["fixed"] == weights
     prefill, decode = estimate["prefill"] + estimate["prompts"], estimate["decode"] + estimate["caches"]
     assert within(weights + max(prefill, decode), weights + peak)  # all prompts are admitted before the first step
+
+
+def test_bytes_of_weights_gradients_and_moments():
+    """16 for a parameter that trains, 4 for a frozen one, as README's table of parameters says."""
+    model = memory.build(memory.MODELS["3B"], sft.Config(freeze=["vision", "merger"]), device="meta")
+    vision, whole = memory.sizes(model.visual), memory.sizes(model)
+    assert memory.optimizer_bytes(model) == 16 * (whole - vision) + 4 * vision
+    assert (round(whole / 1e9, 3), round(vision / 1e9, 3)) == (3.755, 0.669)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.fixture
+def table(world, tmp_path, monkeypatch):
+    """table(*words) -> the cells whose names hold the words, for a tiny model and short samples."""
+    config = qwen.Config.from_json(json.loads((world / "tiny" / "config.json").read_text()))
+    monkeypatch.setattr(memory, "MODELS", {"3B": config})
+    monkeypatch.setattr(memory, "TYPICAL", Traffic(600, 200, toy.SIDE))
+
+    def run(*only: str) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", ["memory.py", "--json", str(tmp_path / "table.json"), "--only", *only])
+        memory.main()
+        return json.loads((tmp_path / "table.json").read_text())
+    return run
+
+
+def test_table_of_what_fits(table, capsys):
+    [cell] = table("sft, 8 x")
+    assert cell["stage"] == "sft" and cell["fits"] and 0 < cell["peak"] < 1
+    cells = table("1 x 24")
+    assert [cell["stage"] for cell in cells] == ["augment", "evaluate"]
+    assert all(cell["fits"] and 0 < cell["peak"] < 1 for cell in cells)
+    printed = capsys.readouterr().out
+    assert "| 3B, 8 x 80 GB | 0.0 | - |" in printed and "**" not in printed and "\n- " not in printed
+
+
+def test_table_names_the_flag_where_something_does_not_fit(table, monkeypatch, capsys):
+    """On cards on which half as long rows just fit, half as many branches, or several ranks."""
+    usual = {stage: table(stage, "1 x 80")[0]["peak"] for stage in ("sft", "evaluate")}
+    half = sum(memory.update("sft", memory.MODELS["3B"], sft.Config(pack_tokens=4096), memory.TYPICAL, 1).values())
+    assert half < 0.7 * usual["sft"] * GIB
+    monkeypatch.setattr(memory, "CARDS", {"80 GB": 4 + 1.1 * half / GIB})
+    [cell] = table("sft, 1 x 80")
+    assert not cell["fits"] and cell["advice"] == "--pack-tokens 4096"
+    monkeypatch.setattr(memory, "CARDS", {"24 GB": 2 + 0.7 * usual["evaluate"]})
+    monkeypatch.setattr(qwen, "CACHE_SHARE", 1.0)
+    [cell] = table("evaluate, 1 x 24")
+    assert not cell["fits"] and cell["advice"] == "--max-branches 128"
+    assert f"- 3B evaluate, 1 x 24 GB: {cell['peak']:.1f} GiB; --max-branches 128" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+FULL = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.50 GiB is "
+        "free. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True")
+MORE_RANKS = ", or more ranks (torchrun --nproc-per-node)"
+
+
+@pytest.mark.parametrize("stage, broken, flags, advice", [
+    (sft, "update", "", "--pack-tokens 4096 (now 8192)" + MORE_RANKS),
+    (sft, "update", "--pack-tokens 3000", "--pack-tokens 2048 (now 3000)" + MORE_RANKS),
+    (sft, "update", "--pack-tokens 2048", "--max-tokens 1024 (now 2048)" + MORE_RANKS),
+    (grpo, "update", "", "--pack-tokens 8192 (now 16384), or more ranks"),
+    (grpo, "update", "--pack-tokens 6144", "--max-new-tokens 1536 (now 3072), or more ranks"),
+    (grpo, "sample", "", "--max-branches 128 (now 256), or more ranks"),
+    (grpo, "evaluate_samples", "--validation train.jsonl", "--max-branches 128 (now 256), or more ranks"),
+    (evaluate, "generate", "", "--max-branches 128 (now 256) or --max-pixels 589824 (now the checkpoint's)"),
+    (augment, "generate", "--max-branches 4 --max-pixels 4000", "--max-pixels 2000 (now 4000)"),
+    (evaluate, "load", "", "a larger card: the weights alone do not fit"),
+])
+def test_out_of_memory_is_one_line_that_names_the_flag(world, tmp_path, monkeypatch, capsys, stage, broken, flags,
+                                                       advice):
+    """At the first step of each stage, with the defaults (and shapes that no default hides)."""
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError(FULL)
+
+    small = {sft: "--batch-size 2", grpo: "--group 2 --rollout-batch 2 --update-batch 2"}.get(stage, "")
+    usual = f"--model {world / 'tiny'} --data train.jsonl --out {tmp_path / 'out'} --device cpu {small}"
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(stage, broken, run_out)
+    if stage is grpo and broken == "update":
+        monkeypatch.setattr(stage, "sample", lambda model, prompts, n, *_, **__: (
+            (key, [qwen.Completion([5, 6], torch.zeros(2), True)] * n) for key, _ in prompts))
+    monkeypatch.setattr(sys, "argv", [stage.__name__, *usual.split(), *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        data.cli(stage.Config, stage.main, (qwen.CheckpointError,))
+    told = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert told[-1] == f"error: out of memory: try {advice} ({FULL.partition(' If')[0]})"
+    assert sum("error" in line for line in told) == 1
+
+
+def on_cuda(monkeypatch, gib: float) -> qwen.Ranks:
+    """A single rank on a card of that size, as far as load_for_training asks before it loads."""
+    card = SimpleNamespace(total_memory=int(gib * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    return qwen.Ranks(0, 1, torch.device("cuda", 0))
+
+
+def test_training_that_cannot_fit_is_refused_before_loading(world, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(sft, "load", lambda *_: loaded.append(1))
+    cfg = config_of(sft.Config, world)
+    with pytest.raises(InputError, match="on 1 rank needs at least 0 GiB a card for float32 weights, gradients and "):
+        sft.load_for_training(cfg, on_cuda(monkeypatch, 0.001))
+    assert not loaded
+    with pytest.raises(AttributeError):  # what `load` gave
+        sft.load_for_training(cfg, on_cuda(monkeypatch, 1))
+    assert loaded
+
+
+def test_least_memory_of_training():
+    """7B on one card of 80 GB, and where it fits; with a frozen decoder the same card is large enough."""
+    with torch.device("meta"):
+        model = qwen.QwenVL(memory.MODELS["7B"])
+    said = ("training 8.29e+09 parameters on 1 rank needs at least 124 GiB a card for float32 weights, gradients and "
+            "moments, the card has 79: use more ranks (torchrun --nproc-per-node), or --freeze")
+    with pytest.raises(InputError, match=re.escape(said)):
+        sft.check_fits(model, [], 1, int(79.1 * GIB))
+    with pytest.raises(InputError, match=re.escape("on 2 ranks needs at least 62 GiB")):
+        sft.check_fits(model, [], 2, 40 * GIB)
+    sft.check_fits(model, [], 2, int(79.1 * GIB))
+    sft.check_fits(model, ["decoder"], 1, int(79.1 * GIB))
+
+
+# ---------------------------------------------------------------- the copy to sample from
+
+
+def test_sampling_copy_is_gone_during_the_update(world, tmp_path, monkeypatch):
+    """With a compute type of its own the policy is a copy: no copy lives while the update runs, and validation
+    still has one."""
+    copies, alive, validated = [], [], []
+    replica, optimise, held_out = grpo.replica, grpo.optimise, grpo.held_out
+
+    def replicated(model, dtype, old=None):
+        policy = replica(model, dtype, old)
+        assert policy is not model
+        copies.append(weakref.ref(policy))
+        return policy
+
+    def optimised(*args):
+        gc.collect()
+        alive.append(sum(copy() is not None for copy in copies))
+        return optimise(*args)
+
+    def validating(policy, *args):
+        validated.append(policy is not None)
+        return held_out(policy, *args)
+
+    for name, function in (("replica", replicated), ("optimise", optimised), ("held_out", validating)):
+        monkeypatch.setattr(grpo, name, function)
+    files = [str(world / "train.jsonl")]
+    grpo.main(config_of(grpo.Config, world, model=str(world / "tiny"), out=str(tmp_path), dtype="bfloat16",
+                        validation=[str(world / "val.jsonl")], eval_every=1, group=2, rollout_batch=2,
+                        update_batch=2, max_new_tokens=3, steps=2, data=files))
+    assert alive == [0, 0] and validated == [True] * 3
