@@ -231,7 +231,8 @@ def grpo_loss(model: qwen.QwenVL, row: Row, cfg, compute: torch.dtype) -> Tensor
     return grpo.policy_loss(new, new.detach(), torch.ones_like(new), cfg.clip)[0]
 
 
-TRAINING = {"sft": (Traffic.sft_row, sft_loss), "grpo": (Traffic.grpo_row, grpo_loss)}  # stage: row, loss
+# The row and the loss of each stage that trains.
+TRAINING = {"sft": (Traffic.sft_row, sft_loss), "grpo": (Traffic.grpo_row, grpo_loss)}
 
 
 def build(config: qwen.Config, cfg, dtype: torch.dtype = torch.float32, device: str = "cpu") -> qwen.QwenVL:
@@ -255,17 +256,16 @@ def weights(config: qwen.Config, dtype: torch.dtype, device: str = "cpu") -> qwe
 
 @remembered
 def whole_update(stage: str, config: qwen.Config, cfg, traffic: Traffic, compute: torch.dtype) -> dict[str, int]:
-    """Bytes of a step of one rank from its second row on, when all gradients and moments are there."""
+    """Bytes of a step of one rank from its second row on, when all gradients and moments are there: resident (with
+    float32 weights), and work, which is the row's activations, the head, and what clipping and AdamW take."""
     row_of, loss_of = TRAINING[stage]
     with without_contents() as ledger:
         model = build(config, cfg)
         optimizer = sft.make_optimizer(model, 1e-6, cfg.weight_decay)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for _ in range(2):  # the first step makes the moments; the second is that of the row
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-            if not optimizer.state:
-                optimizer.step()
+        trained = optimizer.param_groups[0]["params"]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes the moments
         row = row_of(traffic, config, cfg)
         gc.collect()
         resident = ledger.reset()
@@ -417,9 +417,10 @@ class Cell:
     fits: bool
     advice: str = ""
 
-    @property
-    def name(self) -> str:
-        return f"{self.model} {self.stage}, {self.ranks} x {self.card}"
+
+def cell_name(model: str, stage: str, card: str, ranks: int) -> str:
+    """What --only looks into: "3B grpo update, 8 x 80 GB"."""
+    return f"{model} {stage}, {ranks} x {card}"
 
 
 def training_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
@@ -486,8 +487,8 @@ def cells(only: list[str]) -> Iterator[Cell]:
         for stage in STAGES:
             for card, ranks in PLACES:
                 make = training_cell if stage in ("sft", "grpo update") else sampling_cell
-                label = f"{name} {stage}, {ranks} x {card}"
-                if all(word in label for word in only) and (card != "24 GB" or stage in ("augment", "evaluate")):
+                wanted = all(word in cell_name(name, stage, card, ranks) for word in only)
+                if wanted and (card != "24 GB" or stage in ("augment", "evaluate")):
                     yield make(name, stage, card, ranks)
 
 
@@ -512,7 +513,10 @@ def report(found: list[Cell]) -> str:
     lines += ["", f"GiB a card, which has {sizes}; {RESERVE['training']:g} of them stay free in training, and "
               f"{RESERVE['sampling']:g} in sampling. In brackets: if the caches were not limited to what is free. "
               "Bold: does not fit."]  # fmt: skip
-    lines += [f"- {cell.name}: {cell.peak:.1f} GiB; {cell.advice}" for cell in found if not cell.fits]
+    for cell in found:
+        if not cell.fits:
+            name = cell_name(cell.model, cell.stage, cell.card, cell.ranks)
+            lines.append(f"- {name}: {cell.peak:.1f} GiB; {cell.advice}")
     return "\n".join(lines)
 
 
@@ -522,6 +526,8 @@ def main() -> None:
     parser.add_argument("--json", help="write all parts of every cell to this file")
     flags = parser.parse_args()
     found = list(cells(flags.only))
+    if not found:
+        parser.error(f"no cell is called {' '.join(flags.only)}; a name is, for example: 3B grpo update, 8 x 80 GB")
     print(report(found))
     if flags.json:
         text = json.dumps([vars(cell) for cell in found], indent=1)
