@@ -386,12 +386,12 @@ def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterab
             yield i, rows[i]
 
     def complete(outputs: list[Generated]) -> Iterator[tuple[int, dict]]:
-        odds_of = probabilities(model, encoder, outputs) if odds else [None] * len(outputs)
-        for output, p in zip(outputs, odds_of):
-            sample, added = samples[output.index], {}
-            if p:
-                added = {"request_p": p[0], "response_p": p[1] if sample.response else None}
-            yield output.index, output.prediction | added
+        if not odds:
+            yield from ((output.index, output.prediction) for output in outputs)
+            return
+        for output, (p, q) in zip(outputs, probabilities(model, encoder, outputs), strict=True):
+            response_p = q if samples[output.index].response else None
+            yield output.index, output.prediction | {"request_p": p, "response_p": response_p}
 
     waiting: list[Generated] = []
     for i, (completion,) in generate(model, prompts(), 1, max_new_tokens, temperature, top_p, seed=seed,

@@ -358,38 +358,37 @@ def main(cfg: Config) -> None:
         policy = replica(model, compute, policy)
         run.log(0, held_out(policy, encoder, validation, cfg, ranks), SHOWN, last)
 
-    stop = StopSignal(ranks)
-    for step in range(done + 1, last + 1):
-        began = time.perf_counter()
-        indices = stream(len(samples), (step - 1) * cfg.rollout_batch, cfg.rollout_batch, cfg.seed)
-        prompts = {i: samples[indices[i]] for i in range(ranks.rank, cfg.rollout_batch, ranks.world)}
-        policy = replica(model, compute, policy)
-        with saving_memory(cfg.to_save_rollout_memory):  # completions, rewards, advantages: Eq. (7) to (10)
-            groups = roll_out(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
-        sampled = time.perf_counter()
-        slowest = ranks.reduce(sampled - began, "max")
-        clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)  # B_s, Eq. (7)
-        policy = None  # what it takes is the update's; the next rollout makes it again
-        empty_cache(ranks.device)
-        metrics = optimise(model, optimizer, groups, encoder, cfg, clip, compute, ranks)  # Eq. (6)
-        empty_cache(ranks.device)
-        updated = time.perf_counter()
-        metrics = rollout_metrics(groups, ranks) | metrics
-        metrics |= {"clip": clip, "lr": cfg.lr}
-        sampled_tokens = metrics["tokens"] * cfg.rollout_batch * cfg.group
-        metrics["sampled_tokens_per_second"] = sampled_tokens / slowest
-        metrics |= {"seconds_rollout": sampled - began, "seconds_update": updated - sampled}
-        if validation and (step % cfg.eval_every == 0 or step == last):
+    with StopSignal(ranks) as stop:
+        for step in range(done + 1, last + 1):
+            began = time.perf_counter()
+            indices = stream(len(samples), (step - 1) * cfg.rollout_batch, cfg.rollout_batch, cfg.seed)
+            prompts = {i: samples[indices[i]] for i in range(ranks.rank, cfg.rollout_batch, ranks.world)}
             policy = replica(model, compute, policy)
-            metrics |= held_out(policy, encoder, validation, cfg, ranks)
-        write_rollouts(run, groups, step, clip)
-        run.log(step, metrics, SHOWN, last)
-        stopped = stop.agreed()
-        if step % cfg.save_every == 0 or step == last or stopped:
-            run.checkpoint(step, model, optimizer)
-        if stopped:
-            sys.exit(128 + stopped)
-    stop.restore()
+            with saving_memory(cfg.to_save_rollout_memory):  # completions, rewards, advantages: Eq. (7) to (10)
+                groups = roll_out(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
+            sampled = time.perf_counter()
+            slowest = ranks.reduce(sampled - began, "max")
+            clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)  # B_s, Eq. (7)
+            policy = None  # what it takes is the update's; the next rollout makes it again
+            empty_cache(ranks.device)
+            metrics = optimise(model, optimizer, groups, encoder, cfg, clip, compute, ranks)  # Eq. (6)
+            empty_cache(ranks.device)
+            updated = time.perf_counter()
+            metrics = rollout_metrics(groups, ranks) | metrics
+            metrics |= {"clip": clip, "lr": cfg.lr}
+            sampled_tokens = metrics["tokens"] * cfg.rollout_batch * cfg.group
+            metrics["sampled_tokens_per_second"] = sampled_tokens / slowest
+            metrics |= {"seconds_rollout": sampled - began, "seconds_update": updated - sampled}
+            if validation and (step % cfg.eval_every == 0 or step == last):
+                policy = replica(model, compute, policy)
+                metrics |= held_out(policy, encoder, validation, cfg, ranks)
+            write_rollouts(run, groups, step, clip)
+            run.log(step, metrics, SHOWN, last)
+            stopped = stop.agreed()
+            if step % cfg.save_every == 0 or step == last or stopped:
+                run.checkpoint(step, model, optimizer)
+            if stopped:
+                sys.exit(128 + stopped)
     save(model, cfg.out, cfg.model, compute)
     if ranks.rank == 0:
         encoder.write(cfg.out)

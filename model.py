@@ -164,7 +164,7 @@ class PackedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> Tensor:
         if self.recorded_kv is not None:
-            self.recorded_kv.append((k, v))
+            self.recorded_kv.append((k.contiguous(), v))  # a copy: k is a part of a tensor that holds q, too
         return self._in_one_call(q, k, v) if has_varlen(q) else self._run_by_run(q, k, v)
 
     @cached_property

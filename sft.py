@@ -271,7 +271,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 class StopSignal:
-    """A request to stop: SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT).
+    """A request to stop while a loop runs: SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT).
 
     The first signal is noted, so that the loop can finish its step, write a checkpoint, and end with
     the exit code 128 + signal, 143 or 130. The next one ends the process at once. What comes within
@@ -284,7 +284,6 @@ class StopSignal:
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.number, self.noted_at = ranks, 0, 0.0
-        self.usual = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number: int, frame) -> None:
         if not self.number:
@@ -299,8 +298,11 @@ class StopSignal:
         they have to stop after the same step, though signals reach them at slightly different times."""
         return int(self.ranks.reduce(self.number, "max"))
 
-    def restore(self) -> None:
-        """From here on a signal does what it did before: no step is left that has to be finished."""
+    def __enter__(self) -> "StopSignal":
+        self.usual = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
         for number, handler in self.usual.items():
             signal.signal(number, handler)
 
@@ -548,25 +550,24 @@ def main(cfg: Config) -> None:
     steps = range(run.restore(model, optimizer), last)
     on_cpu = ranks.device.type == "cpu"  # where the step itself wants every core
     batches = map(batch, steps) if on_cpu else ahead(batch, steps, workers=1)
-    stop = StopSignal(ranks)
-    for step, (rows, too_long) in zip(steps, batches):
-        began = time.perf_counter()
-        tokens = max(1.0, ranks.reduce(sum(int(r.supervised.sum()) for r in rows)))
-        lr = cosine(step, total, cfg.warmup, cfg.lr)
-        metrics = update(optimizer, rows, lambda r, real: nll(model, r, compute), tokens, lr, cfg.max_norm, ranks)
-        metrics |= {"lr": lr, "target_tokens": int(tokens), "too_long": int(ranks.reduce(too_long))}
-        metrics["seconds"] = time.perf_counter() - began
-        metrics |= training_speed(model, rows, metrics["seconds"], ranks)
-        done = step + 1
-        if validation and (done % cfg.eval_every == 0 or done == last):
-            metrics["validation_loss"] = validation_loss(model, encoder, validation, cfg, compute, ranks)
-        run.log(done, metrics, SHOWN, last)
-        stopped = stop.agreed()
-        if done % cfg.save_every == 0 or done == last or stopped:
-            run.checkpoint(done, model, optimizer)
-        if stopped:
-            sys.exit(128 + stopped)
-    stop.restore()
+    with StopSignal(ranks) as stop:
+        for step, (rows, too_long) in zip(steps, batches):
+            began = time.perf_counter()
+            tokens = max(1.0, ranks.reduce(sum(int(r.supervised.sum()) for r in rows)))
+            lr = cosine(step, total, cfg.warmup, cfg.lr)
+            metrics = update(optimizer, rows, lambda r, real: nll(model, r, compute), tokens, lr, cfg.max_norm, ranks)
+            metrics |= {"lr": lr, "target_tokens": int(tokens), "too_long": int(ranks.reduce(too_long))}
+            metrics["seconds"] = time.perf_counter() - began
+            metrics |= training_speed(model, rows, metrics["seconds"], ranks)
+            done = step + 1
+            if validation and (done % cfg.eval_every == 0 or done == last):
+                metrics["validation_loss"] = validation_loss(model, encoder, validation, cfg, compute, ranks)
+            run.log(done, metrics, SHOWN, last)
+            stopped = stop.agreed()
+            if done % cfg.save_every == 0 or done == last or stopped:
+                run.checkpoint(done, model, optimizer)
+            if stopped:
+                sys.exit(128 + stopped)
     save(model, cfg.out, cfg.model, compute)
     if ranks.rank == 0:
         encoder.write(cfg.out)

@@ -157,7 +157,8 @@ def sampling(name: str, new: int, goals: dict[str, str], budget: float) -> Itera
         a, b, note = race(ours, peer, budget=budget)
         yield result(f"sample 16 x {new} tokens, {name}, {shape}", 16 * new / a, 16 * new / b, "tokens/s", goal,
                      "generate, temperature 1, no stop token; ours bans image tokens, generate does not; " + note)
-        steps = [1000 * (end - start) for run in stamps[1:] for start, end in zip(run, run[1:])]
+        counted = stamps[1:] or stamps  # where rounds are long, there is one
+        steps = [1000 * (end - start) for run in counted for start, end in zip(run, run[1:])]
         read = 1e-6 * sum(p.nbytes for p in mine.model.parameters())  # the head is tied to the embedding
         speed, rate = machine()["bandwidth"], machine()[DTYPES[name]]
         arithmetic = 32e-6 * sum(p.numel() for p in mine.model.parameters()) / rate

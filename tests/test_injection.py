@@ -102,7 +102,7 @@ def stages(encoder, monkeypatch):
     seen = []
     for module, name in ((augment, "generate"), (evaluate, "generate"), (grpo, "sample")):
         monkeypatch.setattr(module, name, fake_sampler(seen, encoder))
-    monkeypatch.setattr(evaluate, "probabilities", lambda *args: (None, None))
+    monkeypatch.setattr(evaluate, "probabilities", lambda *args: [[None, None]])
     monkeypatch.setattr(evaluate, "load_guard", lambda cfg, device: (Mute, encoder))
 
     def run(sample: Sample, capsys) -> dict:

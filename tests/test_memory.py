@@ -283,6 +283,7 @@ def on_cuda(monkeypatch, gib: float) -> qwen.Ranks:
     """A single rank on a card of that size, as far as load_for_training asks before it loads."""
     card = SimpleNamespace(total_memory=int(gib * GIB), major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return qwen.Ranks(0, 1, torch.device("cuda", 0))
 
 

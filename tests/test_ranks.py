@@ -292,19 +292,23 @@ def test_a_second_signal_ends_at_once_and_a_repeated_one_does_not(monkeypatch):
     now, ended = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "_exit", ended.append)
-    stop = sft.StopSignal(qwen.Ranks(0, 1, torch.device("cpu")))
-    assert stop.agreed() == 0
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and by way of torchrun
-    assert stop.agreed() == signal.SIGTERM and not ended
-    now[0] += 10
-    os.kill(os.getpid(), signal.SIGINT)
+    with sft.StopSignal(qwen.Ranks(0, 1, torch.device("cpu"))) as stop:
+        assert stop.agreed() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and by way of torchrun
+        assert stop.agreed() == signal.SIGTERM and not ended
+        now[0] += 10
+        os.kill(os.getpid(), signal.SIGINT)
     assert ended == [130]
 
 
-def test_signals_do_what_they_did_when_the_steps_are_done(config):
+def test_signals_do_what_they_did_when_the_steps_are_done_or_fail(config, monkeypatch):
     usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     sft.main(config(steps=1))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == usual
+    monkeypatch.setattr(sft, "nll", lambda *inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sft.main(config(steps=1, fresh=True))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == usual
 
 
