@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
