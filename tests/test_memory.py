@@ -280,7 +280,7 @@ def test_out_of_memory_is_one_line_that_names_the_flag(world, tmp_path, monkeypa
 
 def on_cuda(monkeypatch, gib: float) -> qwen.Ranks:
     """A single rank on a card of that size, as far as load_for_training asks before it loads."""
-    card = SimpleNamespace(total_memory=int(gib * GIB), major=9, minor=0)
+    card = SimpleNamespace(total_memory=int(gib * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return qwen.Ranks(0, 1, torch.device("cuda", 0))
