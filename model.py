@@ -1122,7 +1122,7 @@ def sample(
     banned: tuple[int, ...] = (),
     seed: int = 0,
     max_branches: int = 256,
-    prefill_tokens: int = 16384,
+    prefill_tokens: int = 8192,
     cache_tokens: int | None = None,
     watch: Callable[[list[int]], None] | None = None,
 ) -> Iterator[tuple[int, list[Completion]]]:
