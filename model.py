@@ -859,7 +859,7 @@ class Completion:
 NUCLEUS_TOKENS = 1024  # in which the nucleus nearly always lies: finding these is much cheaper than sorting all
 REFILL_SHARE = 1 / 4  # new prompts are taken when so much of the batch is free: refilling copies the caches,
 COMPACT_SHARE = 1 / 8  # and finished branches are dropped when so much of the batch are finished: so does that
-CACHE_SHARE = 0.75  # of a GPU's free memory, for keys and values; the rest is for prefills and logits
+CACHE_SHARE = 0.6  # of a GPU's free memory, for keys and values; the rest is for prefills and logits
 CACHE_TOKENS = 2**20  # whose keys and values may be held at a time where the free memory is not known
 
 
