@@ -370,7 +370,8 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Everything one forward pass needs, without batch dimension or padding (T tokens, P patches)."""
+    """Everything one forward pass needs, without batch dimension or padding (T tokens, P patches). It lies on the
+    CPU; the model moves what it needs to its device."""
     ids: Tensor  # [T] int64
     positions: Tensor  # [3, T] int64, M-RoPE: time, height, width
     segments: tuple[Segment, ...]  # they tile the row in order
@@ -380,11 +381,6 @@ class Row:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
-
-    def to(self, device: torch.device | str) -> "Row":
-        """The same row with its tensors on `device`."""
-        return replace(self, **{name: getattr(self, name).to(device)
-                                for name in ("ids", "positions", "supervised", "pixels")})
 
     def join(self, *others: "Row") -> "Row":
         """Rows side by side in one row; segments keep their prefixes and see nothing of each other."""

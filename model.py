@@ -6,7 +6,8 @@ Out: log-probabilities of supervised tokens (training), completions (sampling), 
 Every forward runs over one flat row of tokens: no batch dimension and no padding. The row is cut into
 segments; a segment attends causally to itself and, if it names a prefix segment, to all of that one.
 A `row` is any object with the fields of data.Row: ids [T], positions [3, T], segments, supervised [T],
-pixels [P, 1176], grids, and a method join(*rows).
+pixels [P, 1176], grids, and a method join(*rows). It lies on the CPU, where all that depends on its content is worked
+out, so that the device is not waited for.
 
 Legend: T tokens, S supervised tokens, D hidden size, H heads, K key-value heads, d head size, V vocabulary,
 P patches, N prompts, B branches (completions being sampled). Stills only: a grid's time is always 1.
@@ -506,8 +507,7 @@ class QwenVL(nn.Module):
         """Log-probabilities and entropies [S] of the row's supervised tokens, in row order, float32.
 
         One function for SFT, old and new policy, Eq. (3) and (7). The head runs in chunks of head_chunk tokens, so
-        (tokens x vocabulary) logits never exist as a whole. Rows lie on the CPU, where all that depends on their
-        content is worked out: the device is never waited for.
+        (tokens x vocabulary) logits never exist as a whole.
         """
         targets = row.supervised.nonzero().squeeze(1)  # [S]
         sources = predecessors(row)[targets]

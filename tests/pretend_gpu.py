@@ -27,7 +27,7 @@ Counted, by the line of this repository that asked for it (the innermost one out
     pretend_gpu.start()                       # once, and first of all
     model.to("pretend")
     with pretend_gpu.counting() as tally:     # counting(forgiving=True) counts mixes, not refuses
-        model(row.to("pretend"))
+        model(row)
     tally.launches, tally.waits, tally.mixes  # Counters of (place, operator)
     pretend_gpu.leave()                       # ends the process
 

@@ -342,7 +342,7 @@ def test_all_ranks_stop_after_the_same_step(config, tmp_path):
     arguments = json.dumps([asdict(cfg) for cfg in (whole, stopped)])
     assert wait(launch(tmp_path, 2, "stopping.py", arguments), 150) == 0
     said = (tmp_path / "log").read_text()
-    assert "rank 0 ends with 143\n" in said and "rank 1 ends with 143\n" in said
+    assert "rank 0 ends with 143" in said and "rank 1 ends with 143" in said
     assert metrics(stopped.out) == metrics(whole.out) and len(metrics(whole.out)) == 3
     assert same(weights(stopped.out), weights(whole.out))
 
