@@ -893,6 +893,24 @@ def random_stream(seed: int, key: int, branch: int, length: int) -> Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
 
 
+def collect_rows(parts: list[Tensor], capacity: int) -> Tensor:
+    """The rows of all parts [rows, t, K, d] as one tensor, cut or padded with zeros to [all rows, capacity, K, d].
+
+    In memory it lies as attention reads it without a copy: for variable-length attention with the tokens of a row one
+    after the other, for the plain formula with those of a key head.
+    """
+    (heads, size), rows, begin = parts[0].shape[2:], sum(map(len, parts)), 0
+    if has_varlen(parts[0]):
+        out = parts[0].new_zeros(rows, capacity, heads, size)
+    else:
+        out = parts[0].new_zeros(rows, heads, capacity, size).transpose(1, 2)
+    for part in parts:
+        tokens = min(capacity, part.shape[1])
+        out[begin : begin + len(part), :tokens] = part[:, :tokens]
+        begin += len(part)
+    return out
+
+
 class KVCache:
     """Keys and values of several sequences, the rows: for every layer a pair of [rows, capacity, K, d]. What lies
     beyond a row's length is zero or another token's, and never counts."""
@@ -910,21 +928,16 @@ class KVCache:
         capacity = max(self.shape()[1], new[0][0].shape[1])
         old = self.layers or [(k[:0], v[:0]) for k, v in new]
         self.layers = []
-        for _ in range(len(old)):
+        while old:
             pairs = zip(old.pop(0), new.pop(0))
-            self.layers.append(tuple(torch.cat([resized(a, capacity), resized(b, capacity)]) for a, b in pairs))
+            self.layers.append(tuple(collect_rows([x, y], capacity) for x, y in pairs))
 
     def change(self, capacity: int, rows: Tensor | None = None) -> None:
         """Keep these rows (None: all), with this capacity; layer by layer, too."""
         for i, pair in enumerate(self.layers):
             self.layers[i] = ()
             kept = pair if rows is None else [x[rows, :capacity] for x in pair]
-            self.layers[i] = tuple(resized(x, capacity) for x in kept)
-
-
-def resized(x: Tensor, capacity: int) -> Tensor:
-    """x [rows, t, K, d], cut or padded with zeros to [rows, capacity, K, d]."""
-    return F.pad(x, (0, 0, 0, 0, 0, capacity - x.shape[1])) if x.shape[1] < capacity else x[:, :capacity].contiguous()
+            self.layers[i] = tuple(collect_rows([x], capacity) for x in kept)
 
 
 class CachedAttention:
@@ -933,7 +946,8 @@ class CachedAttention:
     row_of: the row of every branch, ascending; every row is asked.
     """
 
-    def __init__(self, row_of: list[int], device):
+    def __init__(self, row_of: list[int], device, varlen: bool):
+        self.varlen = varlen
         counts = list(Counter(row_of).values())
         first = [0, *accumulate(counts)]
         self.most = max(counts)
@@ -945,35 +959,41 @@ class CachedAttention:
         self.row_of = torch.tensor(row_of, device=device)
         self.slot_of = torch.tensor([i - first[row] for i, row in enumerate(row_of)], device=device)
 
-    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """q [B, H, d], keys and values [rows, capacity, K, d], lengths [rows], int32, and the longest of them.
-        Returns [B, H, d] and the logarithm of each softmax's normaliser [B, H], float32."""
-        if has_varlen(q):
+    def set_lengths(self, lengths: Tensor, longest: int, ragged: bool) -> None:
+        """How many keys of each row count [rows], int32; the longest of them, and whether any is shorter."""
+        self.lengths, self.longest, self.outside = lengths, longest, None
+        if ragged and not self.varlen:
+            self.outside = torch.arange(longest, device=lengths.device) >= lengths[:, None, None, None]
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, H, d], keys and values [rows, capacity, K, d]. Returns what was read [B, H, d] and the logarithm of
+        each softmax's normaliser [B, H], float32."""
+        if self.varlen:
             key_starts = self.row_numbers * keys.shape[1]
             out, lse = varlen_attn(
-                q, keys.flatten(0, 1), values.flatten(0, 1), self.ends, key_starts, self.most, longest,
-                return_aux=AuxRequest(lse=True), enable_gqa=True, seqused_k=lengths,
+                q, keys.flatten(0, 1), values.flatten(0, 1), self.ends, key_starts, self.most, self.longest,
+                return_aux=AuxRequest(lse=True), enable_gqa=True, seqused_k=self.lengths,
             )  # fmt: skip
             return out, lse.T
-        keys, values = keys[:, :longest], values[:, :longest]
+        keys, values = keys[:, : self.longest], values[:, : self.longest]
         if self.most == 1:
-            return tuple(x.squeeze(1) for x in plain_attention(q[:, None], keys, values, lengths))
-        return tuple(x[self.row_of, self.slot_of] for x in plain_attention(q[self.members], keys, values, lengths))
+            return tuple(x.squeeze(1) for x in plain_attention(q[:, None], keys, values, self.outside))
+        results = plain_attention(q[self.members], keys, values, self.outside)
+        return tuple(x[self.row_of, self.slot_of] for x in results)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention in its own formula, float32: q [X, Q, H, d] to the first lengths [X] of keys and values
-    [X, t, K, d] -> [X, Q, H, d] in q's type, and the logarithm of the softmax's normaliser [X, Q, H], float32."""
-    outside = torch.arange(k.shape[1], device=k.device) >= lengths[:, None, None]  # [X, 1, t]
-    groups = q.unflatten(2, (k.shape[2], -1)).unbind(2)  # for every key head its [X, Q, H / K, d]
-    outs, lses = [], []
-    for group, keys, values in zip(groups, k.unbind(2), v.unbind(2)):  # one key head at a time: no copy of the cache
-        queries = group.flatten(1, 2).float() * q.shape[-1] ** -0.5
-        scores = torch.bmm(queries, keys.float().transpose(1, 2)).masked_fill_(outside, float("-inf"))
-        lse = scores.logsumexp(-1)  # [X, Q * H / K]
-        outs.append(torch.bmm((scores - lse[..., None]).exp_(), values.float()).to(q.dtype).view_as(group))
-        lses.append(lse.view(group.shape[:3]))
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention in its own formula, float32: q [X, Q, H, d] to keys and values [X, t, K, d], but for those that are
+    `outside` [X, 1, 1, t] -> [X, Q, H, d] in q's type, and the logarithm of the normalisers [X, Q, H], float32."""
+    k, v = k.transpose(1, 2).float(), v.transpose(1, 2).float()  # [X, K, t, d]
+    groups = q.unflatten(2, (k.shape[1], -1)).transpose(1, 2)  # [X, K, Q, H / K, d]
+    scores = (groups.flatten(2, 3).float() * q.shape[-1] ** -0.5) @ k.mT  # [X, K, Q * H / K, t]
+    if outside is not None:
+        scores = scores.masked_fill_(outside, float("-inf"))
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp_() @ v
+    out, lse = (x.unflatten(2, groups.shape[2:4]).transpose(1, 2).flatten(2, 3) for x in (out, lse))
+    return out.to(q.dtype), lse
 
 
 @dataclass
@@ -1064,23 +1084,24 @@ class DecodeBatch:
 
     def _prepare(self) -> None:
         """What attention needs to know of which branch belongs to which prompt."""
-        device, count = self.model.device, len(self.branches)
-        if count:
-            self.lengths_of_prompts = torch.tensor(self.prompt_lengths, dtype=torch.int32, device=device)
-            self.longest_prompt = max(self.prompt_lengths)
-            self.ask_prompts = CachedAttention([branch.prompt for branch in self.branches], device)
-            self.ask_own = CachedAttention(list(range(count)), device)
+        if not self.branches:
+            return
+        device, varlen, count = self.model.device, has_varlen(self.state["hidden"]), len(self.branches)
+        self.rows = torch.arange(count, device=device)
+        self.ask_own = CachedAttention(list(range(count)), device, varlen)
+        self.ask_prompts = CachedAttention([branch.prompt for branch in self.branches], device, varlen)
+        lengths = torch.tensor(self.prompt_lengths, dtype=torch.int32, device=device)
+        self.ask_prompts.set_lengths(lengths, max(self.prompt_lengths), min(self.prompt_lengths) < max(self.prompt_lengths))
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
         state, model = self.state, self.model
-        self.longest = max(branch.steps for branch in self.branches)
-        if self.longest > self.own.shape()[1]:
-            self.own.change(min(max(64, 2 * self.longest), self.limit))
-        starts = self.ask_own.row_numbers[:-1] * self.own.shape()[1]
-        self.slots = starts + state["index"]  # [B], of the newest tokens in the own cache
-        state["index"] += 1
-        self.own_lengths = state["index"].int()
+        steps = [branch.steps for branch in self.branches]
+        if max(steps) > self.own.shape()[1]:
+            self.own.change(min(max(64, 2 * max(steps)), self.limit))
+        self.newest = state["index"]  # [B], where the newest tokens stand in the own cache
+        state["index"] = self.newest + 1
+        self.ask_own.set_lengths(state["index"].int(), max(steps), min(steps) < max(steps))
         x = model.model.embed_tokens(state["token"])
         cos, sin = model.rope(state["position"].expand(3, -1))
         for layer in model.model.layers:
@@ -1095,11 +1116,10 @@ class DecodeBatch:
         softmax over both is their mean, weighted by Z_p / (Z_p + Z_o) = sigmoid(log Z_p - log Z_o).
         """
         own_keys, own_values = self.own.layers[layer]
-        own_keys.flatten(0, 1).index_copy_(0, self.slots, k)
-        own_values.flatten(0, 1).index_copy_(0, self.slots, v)
-        own, own_lse = self.ask_own(q, own_keys, own_values, self.own_lengths, self.longest)
-        keys, values = self.prompts.layers[layer]
-        prompt, prompt_lse = self.ask_prompts(q, keys, values, self.lengths_of_prompts, self.longest_prompt)
+        own_keys[self.rows, self.newest] = k
+        own_values[self.rows, self.newest] = v
+        own, own_lse = self.ask_own(q, own_keys, own_values)
+        prompt, prompt_lse = self.ask_prompts(q, *self.prompts.layers[layer])
         weight = torch.sigmoid(prompt_lse - own_lse)[..., None].to(q.dtype)
         return torch.lerp(own, prompt, weight)
 

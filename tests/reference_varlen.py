@@ -23,12 +23,14 @@ def sequences(cu_seq_q: Tensor, cu_seq_k: Tensor, seqused_k: Tensor | None) -> l
 
     The keys of sequence i start at cu_seq_k[i]; they end at cu_seq_k[i + 1], or after seqused_k[i] keys.
     """
+    query_ends, key_ends = cu_seq_q.tolist(), cu_seq_k.tolist()
+    used = None if seqused_k is None else seqused_k.tolist()
     found = []
-    for i in range(len(cu_seq_q) - 1):
-        first, last = int(cu_seq_k[i]), int(cu_seq_k[i + 1])
-        if seqused_k is not None:
-            last = first + int(seqused_k[i])
-        found.append((slice(int(cu_seq_q[i]), int(cu_seq_q[i + 1])), slice(first, last)))
+    for i in range(len(query_ends) - 1):
+        first, last = key_ends[i], key_ends[i + 1]
+        if used is not None:
+            last = first + used[i]
+        found.append((slice(query_ends[i], query_ends[i + 1]), slice(first, last)))
     return found
 
 
@@ -99,12 +101,13 @@ def attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=Fal
     for queries, keys in sequences(cu_seq_q, cu_seq_k, seqused_k):
         seen = visible(queries.stop - queries.start, keys.stop - keys.start, is_causal, window_size or [-1, -1])
         some = seen.any(dim=1)
-        for head in range(heads):
-            of_head = head // (heads // key.shape[1])  # the key head that this query head shares
-            q, k, v = query[queries, head].float(), key[keys, of_head].float(), value[keys, of_head].float()
-            scores = (q @ k.T * scale).masked_fill(~seen, float("-inf"))[some]
-            out[queries, head] = out[queries, head].index_put((some,), scores.softmax(dim=1) @ v)
-            lse[head, queries] = lse[head, queries].index_put((some,), scores.logsumexp(dim=1))
+        # Every key head serves as many query heads, one after the other.
+        k, v = (x[keys].float().repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[queries].float(), k) * scale
+        scores = scores.masked_fill(~seen, float("-inf"))[:, some]
+        found = torch.einsum("hqk,khd->qhd", scores.softmax(dim=2), v)
+        out[queries] = out[queries].index_put((some,), found)
+        lse[:, queries] = lse[:, queries].T.index_put((some,), scores.logsumexp(dim=2).T).T
     return out.to(query.dtype), lse, torch.zeros(2, dtype=torch.uint64)
 
 

@@ -743,12 +743,15 @@ def test_same_seed_same_tokens_however_batched(back_end, net):
     assert twice[0] != twice[1]  # the key, not the text, keys the draws
 
 
-def test_decoding_attention_equals_the_dense_one(back_end):
+@pytest.mark.parametrize("varlen", [False, True])
+def test_decoding_attention_equals_the_dense_one(varlen):
     """Rows of a cache of different lengths, asked by one, two and three branches; normalisers included."""
     draw = torch.Generator().manual_seed(0)
     lengths, row_of = torch.tensor([5, 1, 9], dtype=torch.int32), [0, 1, 1, 1, 2, 2]
     q, keys, values = (torch.randn(*shape, 16, generator=draw) for shape in ((6, 4), (3, 12, 2), (3, 12, 2)))
-    out, lse = ours.CachedAttention(row_of, "cpu")(q, keys, values, lengths, 9)
+    attend = ours.CachedAttention(row_of, "cpu", varlen)
+    attend.set_lengths(lengths, 9, ragged=True)
+    out, lse = attend(q, keys, values)
     for i, row in enumerate(row_of):
         k, v = (x[row, :lengths[row]].repeat_interleave(2, dim=1) for x in (keys, values))
         scores = torch.einsum("hd,thd->ht", q[i], k) / 4
@@ -761,8 +764,7 @@ def test_decoding_in_half_precision_keeps_scores_in_float32():
     draw = torch.Generator().manual_seed(0)
     q = 6 * torch.randn(2, 3, 4, 16, generator=draw).bfloat16()
     k, v = (torch.randn(2, 40, 2, 16, generator=draw).bfloat16() for _ in range(2))
-    lengths = torch.tensor([40, 25], dtype=torch.int32)
-    half, exact = (ours.plain_attention(q.to(t), k.to(t), v.to(t), lengths) for t in (torch.bfloat16, torch.float32))
+    half, exact = (ours.plain_attention(q.to(t), k.to(t), v.to(t), None) for t in (torch.bfloat16, torch.float32))
     torch.testing.assert_close(half[1], exact[1], atol=1e-5, rtol=0)
     assert torch.equal(half[0], exact[0].bfloat16())
 
