@@ -10,7 +10,7 @@ Greedy decoding, positive class "harmful". Where this differs from the release:
 A benchmark is a `source`, or what it has of one modality. An "average" row is the paper's: the mean of its
 benchmarks' F1, weighted by their numbers of scored rows; its other columns count all its rows together.
 
-Predictions are written as they come. The same command again goes on where a killed run stopped, on any number
+Predictions are written as they come, a row of tokens at a time. The same command again goes on where a killed run stopped, on any number
 of ranks; --fresh starts over; outputs of other models or settings (predictions.settings.json) never mix.
 Benchmarks may be added to a DIR one by one: its table covers all that it holds.
 
@@ -24,7 +24,7 @@ import json
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ from reward import HARMFUL, UNHARMFUL, parse
 TASKS = (("prompt", "request"), ("response", "response"))  # (the paper's word, our field)
 MODALITIES = ("text", "image", "text_image")
 AVERAGE = "average"  # in the place of a benchmark's name
-PACK_TOKENS = 16384  # finished outputs wait for so many tokens, and get their P(harmful) in one forward
+PACK_TOKENS = 8192  # finished outputs wait for so many tokens, and get their P(harmful) in one forward
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,7 @@ def probabilities(model: QwenVL, encoder: Encoder, outputs: list[Generated]) -> 
     return found
 
 
-def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterable[int],
+def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Sequence[int],
             max_new_tokens: int = 3072, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
             max_branches: int = 256, watch: Callable | None = None, odds: bool = True
             ) -> Iterator[tuple[int, dict]]:
@@ -386,9 +386,6 @@ def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterab
             yield i, rows[i]
 
     def complete(outputs: list[Generated]) -> Iterator[tuple[int, dict]]:
-        if not odds:
-            yield from ((output.index, output.prediction) for output in outputs)
-            return
         for output, (p, q) in zip(outputs, probabilities(model, encoder, outputs), strict=True):
             response_p = q if samples[output.index].response else None
             yield output.index, output.prediction | {"request_p": p, "response_p": response_p}
@@ -399,8 +396,11 @@ def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Iterab
                                      max_branches=max_branches, watch=watch):
         text = encoder.decode(completion.ids)
         found = prediction(text, n_tokens=len(completion.ids), finished=completion.finished)
+        if not odds:
+            yield i, found
+            continue
         output = Generated(i, rows.pop(i), completion.ids, found, parse(text).places)
-        if waiting and (not odds or sum(map(len, [*waiting, output])) > PACK_TOKENS):
+        if waiting and sum(map(len, [*waiting, output])) > PACK_TOKENS:
             yield from complete(waiting)
             waiting = []
         waiting.append(output)

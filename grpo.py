@@ -369,7 +369,7 @@ def main(cfg: Config) -> None:
             sampled = time.perf_counter()
             slowest = ranks.reduce(sampled - began, "max")
             clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)  # B_s, Eq. (7)
-            policy = None  # what it takes is the update's; the next rollout makes it again
+            policy = None  # frees its memory for the update; the next rollout makes it again
             empty_cache(ranks.device)
             metrics = optimise(model, optimizer, groups, encoder, cfg, clip, compute, ranks)  # Eq. (6)
             empty_cache(ranks.device)

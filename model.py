@@ -128,7 +128,7 @@ def has_varlen(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def ends_of(lengths: list[int], device) -> Tensor:
+def boundaries(lengths: list[int], device) -> Tensor:
     """[0, l_0, l_0 + l_1, ...], int32: where each sequence of a packed tensor begins and ends."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
@@ -176,13 +176,13 @@ class PackedAttention:
         seen = [own if p is None else torch.cat([tokens[p], own]) for own, p in zip(tokens, self.prefixes)]
         index = torch.cat(seen).to(self.device) if any(p is not None for p in self.prefixes) else None
         key_lengths = [len(keys) for keys in seen]
-        ends = ends_of(self.lengths, self.device), ends_of(key_lengths, self.device)
+        ends = boundaries(self.lengths, self.device), boundaries(key_lengths, self.device)
         return index, *ends, max(self.lengths), max(key_lengths)
 
     def _in_one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         index, query_ends, key_ends, longest_query, longest_key = self._sequences
-        if index is not None:
-            k, v = k.index_select(0, index), v.index_select(0, index)
+        if index is not None:  # by way of float32: a prompt's gradient is the sum over its completions
+            k, v = (x.float().index_select(0, index).to(x.dtype) for x in (k, v))
         window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal, aligned to the last key
         ends = query_ends, key_ends, longest_query, longest_key
         return varlen_attn(q, k, v, *ends, window_size=window, enable_gqa=True)
@@ -434,15 +434,14 @@ def scaled_logits(hidden: Tensor, head: Tensor, temperature: float, banned: tupl
 
 
 def token_logprobs(hidden, targets, head, temperature: float, banned: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [S] of targets [S], and entropies [S] (a metric, without gradient), both float32."""
-    logprobs = scaled_logits(hidden, head, temperature, banned).log_softmax(-1)  # [S, V]
-    with torch.no_grad():
-        entropies = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(1, targets[:, None]).squeeze(1), entropies
+    """Log-probabilities of targets [S], and of all tokens [S, V]; float32."""
+    logprobs = scaled_logits(hidden, head, temperature, banned).log_softmax(-1)
+    return logprobs.gather(1, targets[:, None]).squeeze(1), logprobs
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """token_logprobs, `chunk` tokens at a time, so that (tokens x vocabulary) logits never exist as a whole.
+    """Log-probabilities [S] of targets [S], and entropies [S] (a metric, without gradient), both float32; computed
+    `chunk` tokens at a time, so that (tokens x vocabulary) logits never exist as a whole.
 
     Like torch.utils.checkpoint, the backward pass computes each chunk again; unlike it, it adds up the chunks'
     gradients of the head in float32, whatever type the head is in.
@@ -452,10 +451,13 @@ class ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, targets, head, temperature: float, banned: tuple[int, ...], chunk: int):
         ctx.save_for_backward(hidden, targets, head)
         ctx.temperature, ctx.banned, ctx.chunk = temperature, banned, chunk
-        weight = head.to(hidden.dtype)
-        chunks = zip(hidden.split(chunk), targets.split(chunk))
-        logprobs, entropies = zip(*[token_logprobs(h, t, weight, temperature, banned) for h, t in chunks])
-        ctx.mark_non_differentiable(entropy := torch.cat(entropies))
+        weight, logprobs, entropies = head.to(hidden.dtype), [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            chosen, all_tokens = token_logprobs(h, t, weight, temperature, banned)
+            logprobs.append(chosen)
+            entropies.append(-(all_tokens.exp() * all_tokens).sum(-1))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
         return torch.cat(logprobs), entropy
 
     @staticmethod
@@ -781,9 +783,11 @@ def leave_group() -> None:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute type for --dtype auto, float32 or bfloat16. auto is bfloat16 on CUDA from compute capability 8.0
     (A100, RTX 30) on, where variable-length attention has kernels, and float32 elsewhere."""
+    recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
-        recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if recent else torch.float32
+    if name == "bfloat16" and device.type == "cuda" and not recent:
+        raise OSError("--dtype bfloat16: this card has no kernels for it (they want compute capability 8.0); use float32")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
@@ -857,8 +861,9 @@ class Completion:
 
 
 NUCLEUS_TOKENS = 1024  # in which the nucleus nearly always lies: finding these is much cheaper than sorting all
-REFILL_SHARE = 1 / 4  # new prompts are taken when so much of the batch is free: refilling copies the caches,
-COMPACT_SHARE = 1 / 8  # and finished branches are dropped when so much of the batch are finished: so does that
+# Refilling and compacting copy the caches, so both wait until it is worth it:
+REFILL_SHARE = 1 / 4  # new prompts are taken when so much of the batch is free,
+COMPACT_SHARE = 1 / 8  # and finished branches are dropped when they are so much of the batch.
 CACHE_SHARE = 0.6  # of a GPU's free memory, for keys and values; the rest is for prefills and logits
 CACHE_TOKENS = 2**20  # whose keys and values may be held at a time where the free memory is not known
 
@@ -950,9 +955,11 @@ class CachedAttention:
         self.varlen = varlen
         counts = list(Counter(row_of).values())
         first = [0, *accumulate(counts)]
-        self.most = max(counts)
-        self.ends = ends_of(counts, device)
-        self.row_numbers = torch.arange(len(counts) + 1, dtype=torch.int32, device=device)
+        self.most = max(counts)  # branches that ask one row
+        if varlen:
+            self.ends = boundaries(counts, device)
+            self.row_numbers = torch.arange(len(counts) + 1, dtype=torch.int32, device=device)
+            return
         # [rows, most]: the branches of every row; a row with fewer repeats its last one
         members = [[first[row] + min(i, n - 1) for i in range(self.most)] for row, n in enumerate(counts)]
         self.members = torch.tensor(members, device=device)
@@ -1120,8 +1127,8 @@ class DecodeBatch:
         own_values[self.rows, self.newest] = v
         own, own_lse = self.ask_own(q, own_keys, own_values)
         prompt, prompt_lse = self.ask_prompts(q, *self.prompts.layers[layer])
-        weight = torch.sigmoid(prompt_lse - own_lse)[..., None].to(q.dtype)
-        return torch.lerp(own, prompt, weight)
+        weight = torch.sigmoid(prompt_lse - own_lse)[..., None]
+        return torch.lerp(own.float(), prompt.float(), weight).to(q.dtype)  # a small share, too, to many digits
 
 
 def drain(items: list) -> Iterator:
@@ -1149,8 +1156,8 @@ def sample(
     """Sample n completions of every prompt; yields (key, completions) as each prompt finishes, in any order.
 
     prompts: (key, row) pairs, taken from the iterable as places free up. At most max_branches completions run at a
-    time, and no more than whose caches hold cache_tokens tokens when all are at their longest (None: what fits the
-    device); but always those of one prompt. The key also names the prompt's random numbers, so what a prompt gets
+    time, but always those of one prompt; and only as many that the caches would hold no more than cache_tokens tokens
+    even if all became as long as they may (None: what fits the device). The key also names the prompt's random numbers, so what a prompt gets
     does not depend on its neighbours, on batching or on the number of ranks (on CUDA up to rounding: its kernels
     choose by shape). Temperature 0 is greedy, with log-probabilities at temperature 1. `watch` is called at every
     step with the new tokens of all running completions. CheckpointError if the model computes no numbers.
@@ -1242,7 +1249,8 @@ class Peekable:
 
 def refill(batch: DecodeBatch, queue: Peekable, places: int, prefill_tokens: int, cache_tokens: int) -> None:
     """Move up to `places` prompts from the queue into the batch, as far as the caches will have room for them and
-    all their completions, prefilled in rows of about prefill_tokens tokens. An empty batch takes one in any case."""
+    all their completions, prefilled in rows of about prefill_tokens tokens. An empty batch takes one in any case.
+    The order is kept: a prompt too long for the room that is left waits, and those behind it do, too."""
     while True:
         prompts, rows, tokens = [], [], 0
         while queue.next and places and tokens < prefill_tokens:

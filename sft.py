@@ -124,7 +124,8 @@ def update(optimizer, batches: list, loss_of: Callable, tokens: float, lr: float
     total = 0.0
     for batch, real in in_step(batches, ranks):
         loss = loss_of(batch, real) * float(real) / tokens
-        (loss * ranks.world).backward()  # sharded gradients are averaged over the ranks; we want their sum
+        if loss.requires_grad:  # nothing trains in a row without an image when the decoder is frozen
+            (loss * ranks.world).backward()  # sharded gradients are averaged over the ranks; we want their sum
         total += loss.item()
     (group,) = optimizer.param_groups
     for parameter in group["params"]:
@@ -274,7 +275,8 @@ class StopSignal:
     """A request to stop while a loop runs: SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT).
 
     The first signal is noted, so that the loop can finish its step, write a checkpoint, and end with
-    the exit code 128 + signal, 143 or 130. The next one ends the process at once. What comes within
+    the exit code 128 + signal, 143 or 130. The next one ends the process at once, unless it waits for
+    the device or for other ranks, where Python handles no signal. What comes within
     `repeat` seconds of the first repeats it: a scheduler may signal torchrun and its workers, and
     torchrun passes a signal on. torchrun kills its workers 30 seconds after a signal; where a step
     takes longer, its --shutdown-timeout has to be longer.
@@ -289,7 +291,7 @@ class StopSignal:
         if not self.number:
             self.number, self.noted_at = number, time.monotonic()
             if self.ranks.rank == 0:  # os.write, as print may be interrupted within itself
-                os.write(2, b"stops after this step, with a checkpoint; another signal ends it at once\n")
+                os.write(2, b"asked to stop: after this step, with a checkpoint; another signal ends it at once\n")
         elif time.monotonic() - self.noted_at > self.repeat:
             os._exit(128 + number)
 

@@ -159,6 +159,8 @@ def test_the_compute_type_follows_the_device_unless_it_is_given(monkeypatch):
         assert qwen.choose_dtype("auto", gpu) == auto
     assert qwen.choose_dtype("auto", cpu) == qwen.choose_dtype("float32", gpu) == torch.float32
     assert qwen.choose_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(OSError, match="--dtype bfloat16: this card has no kernels for it"):
+        qwen.choose_dtype("bfloat16", gpu)  # of the last capability above
 
 
 # ---- one rank fails
