@@ -470,12 +470,12 @@ class ChunkedLogprobs(torch.autograd.Function):
         for h, t, g in zip(*(x.split(ctx.chunk) for x in (hidden, targets, grad))):
             with torch.enable_grad():
                 h = h.detach().requires_grad_()
-                logprobs, _ = token_logprobs(h, t, weight, ctx.temperature, ctx.banned)
+                logprobs = token_logprobs(h, t, weight, ctx.temperature, ctx.banned)[0]
             wanted = (h, weight) if head_trains else (h,)
             grad_h, *grad_weight = torch.autograd.grad(logprobs, wanted, g)
             grad_hidden.append(grad_h)
-            for gradient in grad_weight:
-                grad_head += gradient
+            if head_trains:
+                grad_head += grad_weight.pop()  # and let go of it before the next chunk
         grad_head = grad_head.to(head.dtype) if head_trains else None
         return torch.cat(grad_hidden), None, grad_head, None, None, None
 
