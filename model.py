@@ -483,7 +483,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 class QwenVL(nn.Module):
     """Vision tower, decoder and head, with the published parameter names."""
 
-    head_chunk = 256  # tokens whose logits exist at a time
+    head_chunk = 128  # tokens whose logits exist at a time
 
     def __init__(self, config: Config):
         super().__init__()
