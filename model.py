@@ -474,8 +474,9 @@ class ChunkedLogprobs(torch.autograd.Function):
             wanted = (h, weight) if head_trains else (h,)
             grad_h, *grad_weight = torch.autograd.grad(logprobs, wanted, g)
             grad_hidden.append(grad_h)
-            if head_trains:
-                grad_head += grad_weight.pop()  # and let go of it before the next chunk
+            if head_trains:  # in pieces: a CPU converts all of a tensor before it adds it to one of another type
+                for total, part in zip(grad_head.split(8192), grad_weight.pop().split(8192)):
+                    total += part
         grad_head = grad_head.to(head.dtype) if head_trains else None
         return torch.cat(grad_hidden), None, grad_head, None, None, None
 
