@@ -404,7 +404,8 @@ def predict(model: QwenVL, encoder: Encoder, samples: list[Sample], todo: Sequen
             yield from complete(waiting)
             waiting = []
         waiting.append(output)
-    yield from complete(waiting)
+    if waiting:
+        yield from complete(waiting)
 
 
 def evaluate_samples(model: QwenVL, encoder: Encoder, samples: list[Sample], max_new_tokens: int = 3072,
