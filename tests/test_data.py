@@ -231,7 +231,7 @@ def test_extend_and_join():
     assert both.segments == (*full.segments, (9, 4, None), (13, 1, 3), (14, 2, None)) and len(both) == 16
     assert both.grids == ((1, 2, 4), (1, 2, 2)) and both.pixels.shape == (12, 1176)
     assert both.ids[9:14].equal(other.ids) and both.positions[:, 9:14].equal(other.positions)
-    assert both.join().segments == both.segments and both.to("cpu").ids.equal(both.ids)
+    assert both.join().segments == both.segments and both.join().ids.equal(both.ids)
     starts = [start for start, _, _ in both.segments]
     assert starts == np.cumsum([0, *(length for _, length, _ in both.segments[:-1])]).tolist()  # tiled
     for wrong in (lambda: prompt.extend([[]]), lambda: full.extend([[1]])):
