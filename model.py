@@ -449,6 +449,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, targets, head, temperature: float, banned: tuple[int, ...], chunk: int):
+        """hidden [S, D], targets [S], head [V, D]."""
         ctx.save_for_backward(hidden, targets, head)
         ctx.temperature, ctx.banned, ctx.chunk = temperature, banned, chunk
         weight, logprobs, entropies = head.to(hidden.dtype), [], []
@@ -462,6 +463,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
+        """grad [S], of the log-probabilities."""
         hidden, targets, head = ctx.saved_tensors
         weight = head.detach().to(hidden.dtype).requires_grad_()
         head_trains, grad_head, grad_hidden = ctx.needs_input_grad[2], None, []
