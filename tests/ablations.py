@@ -287,13 +287,17 @@ def start(stage: Stage) -> Running:
 
 
 def newest_line(log: Path) -> str:
-    """What a terminal would show last: a frame of a progress bar, or else the last whole line.
+    """What is shown of a stage: its newest whole line, or the frame of a progress bar after it.
 
-    A frame begins with a carriage return, and a blank one removes the bar.
+    A frame begins with a carriage return, and a blank one removes the bar. A training step stays
+    until the next one: the bar of its sampling would hide it most of the time.
     """
-    *lines, begun = log.read_bytes().decode(errors="replace").split("\n")
-    shown = [line.rpartition("\r")[2].strip() for line in [*lines, begun]]
-    return next((line for line in reversed(shown) if line), "starting")
+    *lines, frame = log.read_bytes().decode(errors="replace").split("\n")
+    lines = [line.rpartition("\r")[2].strip() for line in lines]
+    newest = next((line for line in reversed(lines) if line), "starting")
+    if newest.startswith("step "):
+        return newest
+    return frame.rpartition("\r")[2].strip() or newest
 
 
 def finish(running: Running) -> None:

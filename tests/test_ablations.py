@@ -33,6 +33,9 @@ for share in (50, 100):
 sys.stderr.write("\\r             \\r")
 time.sleep(0.5)
 print("step 1/1")
+sys.stderr.write("\\rsampling 7%")
+time.sleep(0.5)
+sys.stderr.write("\\r            \\r")
 print("done")
 """
 
@@ -52,8 +55,9 @@ def test_in_a_file_the_newest_line_stands_from_time_to_time(stage, capsys):
     assert [t for t, _ in groupby(texts) if t not in ("starting", "done")] == [
         "sampling 50%",
         "sampling 100%",
-        "loaded",
-    ]  # and when the bar is gone, the last whole line again
+        "loaded",  # when the bar is gone, the last whole line again
+        "step 1/1",  # and no bar in place of a step
+    ]
     assert 1.4 < stage.seconds() < 60
 
 
