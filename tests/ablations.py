@@ -1,7 +1,7 @@
 """The paper's claims in the toy world: a model for each of VARIANTS, over several seeds, one table.
 
 In:  nothing. Out, under --out DIR: seed-N/ with the world, every model and its evaluation, forks/
-with changed copies of the sources, summary.json, and the tables of claims.py in tables.md.
+with changed copies of the sources, tables.md (by claims.py), summary.json, and differences.png.
 
 Per seed: base checkpoint -> R-SFT -> mining and concatenation -> GRPO. A variant changes one thing:
 some flags, the data, or, where there is no flag, a few lines of code. Such a *fork* is a diff,
@@ -35,7 +35,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import claims  # noqa: E402  (it needs the repository, which is importable only from here on)
+import claims  # noqa: E402  (these need the repository, which is importable only from here on)
+import draw  # noqa: E402
 
 from data import (  # noqa: E402
     InputError,
@@ -408,11 +409,12 @@ def main() -> None:
             run_all([stage for stages in stages_by_seed.values() for stage in stages.values()])
             for seed, stages in stages_by_seed.items():
                 results[seed] = results_of(seed, stages, variants_of[seed])
-            rows = [(v.claim, v.name, v.against) for v in chosen]
-            write_atomic(
-                out / "tables.md", claims.report(results, [claims.Line(*row) for row in rows])
-            )
+            rows = [claims.Line(v.claim, v.name, v.against) for v in chosen]
+            write_atomic(out / "tables.md", claims.report(results, rows))
             write_atomic(out / "summary.json", json.dumps(claims.summary(results), indent=1) + "\n")
+            compared = [row for row in rows if claims.difference(results, row, "f1")]
+            if compared:
+                write_atomic(out / "differences.png", draw.differences(results, compared))
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

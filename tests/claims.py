@@ -104,6 +104,14 @@ def by_seed(results: dict[int, Result], variant: str, metric: str) -> dict[int, 
     return {seed: values[metric] for seed, values in found.items() if metric in values}
 
 
+def difference(results: dict[int, Result], line: Line, metric: str) -> Interval | None:
+    """How much more a variant has than the one it is compared with; None without such a pair."""
+    if line.variant == line.against:
+        return None
+    ours, theirs = (by_seed(results, name, metric) for name in (line.variant, line.against))
+    return paired_difference(ours, theirs)
+
+
 # ---------------------------------------------------------------------- tables
 
 
@@ -120,15 +128,13 @@ def table_of_claims(results: dict[int, Result], lines: list[Line]) -> str:
     """A row per variant: means over the seeds and paired differences, both with intervals."""
     differences = [f"{metric}, difference" for metric in COMPARED]
     rows = []
-    for claim, variant, against in lines:
-        values = {metric: by_seed(results, variant, metric) for metric in SHOWN}
-        row = [claim, variant, str(len(values["f1"]))]
-        for metric, found in values.items():
-            row.append(cell(interval(list(found.values())) if found else None, metric))
-        row.append(against if variant != against else "-")
-        for metric in COMPARED:
-            theirs = by_seed(results, against, metric) if variant != against else {}
-            row.append(cell(paired_difference(values[metric], theirs), metric, "+"))
+    for line in lines:
+        row = [line.claim, line.variant, str(len(by_seed(results, line.variant, "f1")))]
+        for metric in SHOWN:
+            found = list(by_seed(results, line.variant, metric).values())
+            row.append(cell(interval(found) if found else None, metric))
+        row.append(line.against if line.variant != line.against else "-")
+        row += [cell(difference(results, line, metric), metric, "+") for metric in COMPARED]
         rows.append(row)
     return markdown(["claim", "variant", "seeds", *SHOWN, "against", *differences], rows)
 

@@ -1,13 +1,16 @@
-"""The figures of report.py: curves, one exchange, a packed row. They need matplotlib.
+"""The figures of report.py (curves, one exchange, a packed row), and of ablations.py (differences).
 
-In:  runs as report.py reads them. Out: PNG files as bytes.
+In:  runs as report.py reads them, or results of claims.py. Out: PNG files as bytes.
+They need matplotlib.
 """
 
 import io
+import math
 import statistics
 import textwrap
 from typing import NamedTuple
 
+import claims
 import torch
 
 import data
@@ -47,6 +50,7 @@ README_PANELS = (
     Panel("Held-out F1 (%)", ("val_f1",)),
     Panel("Tokens per output", ("tokens",)),
 )
+COMPARED = {"f1": "F1 x 100", "mean_tokens": "tokens per output"}  # by the figure of differences
 LINE_STYLES = ("-", "--", ":", "-.")  # of the metrics of one panel
 PACKED_COLOURS = ("white", "#c6dbef", "#3182bd", "#fdd0a2", "#e6550d")
 
@@ -109,7 +113,7 @@ def draw_panel(axes, panel: Panel, variants: dict[str, list]) -> None:
 
 
 def curves(runs: list, panels: tuple[Panel, ...]) -> bytes:
-    """The curves of runs, three panels a line. Runs whose folders have the same name are several
+    """The curves of runs, up to three panels a line. Runs whose folders have the same name are several
     seeds of one variant. InputError if no run has any of the metrics."""
     drawn = [name for panel in panels for name in panel.metrics]
     runs = [run for run in runs if any(series(run, name) for name in drawn)]
@@ -123,9 +127,10 @@ def curves(runs: list, panels: tuple[Panel, ...]) -> bytes:
         metrics = tuple(name for name in panel.metrics if any(series(run, name) for run in runs))
         if metrics:
             present.append(panel._replace(metrics=metrics))
-    lines = (len(present) + 2) // 3
+    columns = min(3, len(present))
+    lines = math.ceil(len(present) / columns)
     figure = new_figure(11, 0.5 + 2.6 * lines)
-    grid = figure.subplots(lines, 3, squeeze=False).flatten()
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, panel in zip(grid, present):
         draw_panel(axes, panel, variants)
     for axes in grid[len(present) :]:
@@ -147,6 +152,33 @@ def stage_figures(runs: list) -> dict[str, bytes]:
             rewarded = any("reward" in metrics for metrics in run.metrics)
             stages["GRPO" if rewarded else "SFT"].append(run)
     return {stage: curves(members, PANELS) for stage, members in stages.items() if members}
+
+
+# ---- differences
+
+
+def differences(results: dict[int, claims.Result], lines: list[claims.Line]) -> bytes:
+    """How each variant differs from the one it is compared with: means and 95 % intervals over the
+    seeds, the variants of one claim in one colour. lines: only such as can be compared."""
+    names = dict.fromkeys(line.claim for line in lines)
+    colours = {claim: f"C{i % 10}" for i, claim in enumerate(names)}
+    figure = new_figure(11, 1.0 + 0.26 * len(lines))
+    columns = figure.subplots(1, len(COMPARED), sharey=True)
+    for axes, (metric, title) in zip(columns, COMPARED.items()):
+        for y, line in enumerate(lines):
+            mean, half_width = claims.difference(results, line, metric)
+            axes.errorbar(mean, y, xerr=half_width, fmt="o", capsize=3, color=colours[line.claim])
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_title(f"Difference in {title}", fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", alpha=0.25)
+    columns[0].set_yticks(range(len(lines)), [f"{line.variant} - {line.against}" for line in lines])
+    columns[0].invert_yaxis()
+    handles = [
+        columns[0].plot([], [], "o", color=c, label=claim)[0] for claim, c in colours.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+    return png(figure)
 
 
 # ---- one exchange

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ablations
 import claims
+import draw
 import pytest
 import torch
 import toy
@@ -271,16 +272,21 @@ def test_a_course_by_hand(tmp_path):
     assert found["clipped"] == pytest.approx([0.025, 0.045, 0.065, 0.085])
 
 
-def test_the_tables():
+@pytest.fixture
+def results() -> dict[int, claims.Result]:
+    """Of three seeds; the last one has no GRPO."""
+
     def result(sft: float, grpo: float | None) -> claims.Result:
         scores = {"sft": {"f1": sft, "mean_tokens": 50.0, "seconds": 100.0}}
         if grpo is not None:
             scores["grpo"] = {"f1": grpo, "mean_tokens": 60.0, "seconds": 20.0}
-        return claims.Result(
-            scores, {"grpo": dict.fromkeys(claims.COURSE, [1.0, 2.0])}, {"sft": 90.0}
-        )
+        courses = {"grpo": dict.fromkeys(claims.COURSE, [1.0, 2.0])}
+        return claims.Result(scores, courses, {"sft": 90.0})
 
-    results = {31: result(80.0, 91.0), 32: result(82.0, 94.0), 33: result(84.0, None)}
+    return {31: result(80.0, 91.0), 32: result(82.0, 94.0), 33: result(84.0, None)}
+
+
+def test_the_tables(results):
     lines = [claims.Line("RL helps", "sft", "grpo"), claims.Line("RL helps", "grpo", "grpo")]
     header, _, *rows = claims.table_of_claims(results, lines).splitlines()
     sft, grpo = (dict(zip(header.split(" | "), row.split(" | "))) for row in rows)
@@ -292,6 +298,19 @@ def test_the_tables():
     assert "| grpo | 1.0, 2.0 | 1.000, 2.000 |" in claims.table_of_courses(results)
     summary = claims.summary(results)
     assert summary["grpo"]["f1"] == 92.5 and summary["seconds"] == {"sft": 90.0}
+
+
+def test_the_figure_of_differences(results, monkeypatch):
+    monkeypatch.setattr(draw, "png", lambda figure: figure)
+    figure = draw.differences(results, [claims.Line("RL helps", "sft", "grpo")])
+    f1, tokens = figure.axes
+    for axes, mean, half_width in ((f1, -11.5, 6.353), (tokens, -10.0, 0.0)):
+        (point,) = axes.containers
+        marker, _, (bar,) = point.lines
+        assert marker.get_xdata() == [mean]
+        ((low, _), (high, _)) = bar.get_segments()[0]
+        assert (low, high) == pytest.approx((mean - half_width, mean + half_width), abs=1e-3)
+    assert [label.get_text() for label in f1.get_yticklabels()] == ["sft - grpo"]
 
 
 def test_a_control_with_too_few_seconds_is_told():
