@@ -11,7 +11,7 @@ these cancels.
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +22,8 @@ from evaluate import compute_metrics
 
 # Student's t: the 97.5 % quantiles for 1, 2, ... 9 degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-SHOWN = (
-    "f1 f1_prompt f1_response f1_text f1_image f1_text_image f1_several"
-    " format_ok mean_tokens seconds"
-).split()
+SHOWN = ("f1", "mean_tokens", "seconds")
+PARTS = "f1_prompt f1_response f1_text f1_image f1_text_image f1_several format_ok".split()
 COMPARED = ("f1", "f1_several", "mean_tokens")
 COURSE = ("tokens", "entropy", "clipped")
 DIGITS = {"format_ok": 3, "entropy": 3, "clipped": 4}  # behind the point; one for the others
@@ -124,34 +122,50 @@ def cell(found: Interval | None, metric: str, sign: str = "") -> str:
     return "-" if found is None else found.text(DIGITS.get(metric, 1), sign)
 
 
+def mean_cells(results: dict[int, Result], variant: str, metrics: Iterable[str]) -> list[str]:
+    """Means over the seeds, with intervals."""
+    found = [list(by_seed(results, variant, metric).values()) for metric in metrics]
+    return [cell(interval(v) if v else None, metric) for v, metric in zip(found, metrics)]
+
+
 def table_of_claims(results: dict[int, Result], lines: list[Line]) -> str:
     """A row per variant: means over the seeds and paired differences, both with intervals."""
     differences = [f"{metric}, difference" for metric in COMPARED]
-    rows = []
+    rows, above = [], ""
     for line in lines:
-        row = [line.claim, line.variant, str(len(by_seed(results, line.variant, "f1")))]
-        for metric in SHOWN:
-            found = list(by_seed(results, line.variant, metric).values())
-            row.append(cell(interval(found) if found else None, metric))
+        seeds = len(by_seed(results, line.variant, "f1"))
+        row = [line.claim if line.claim != above else "", line.variant, str(seeds)]
+        row += mean_cells(results, line.variant, SHOWN)
         row.append(line.against if line.variant != line.against else "-")
         row += [cell(difference(results, line, metric), metric, "+") for metric in COMPARED]
         rows.append(row)
+        above = line.claim
     return markdown(["claim", "variant", "seeds", *SHOWN, "against", *differences], rows)
+
+
+def table_of_parts(results: dict[int, Result], lines: list[Line]) -> str:
+    """A row per variant: F1 by task, by modality, and on rows with several items; in brackets, how
+    they differ from those of the variant that it is compared with."""
+    rows = []
+    for line in lines:
+        row = mean_cells(results, line.variant, PARTS)
+        if line.variant != line.against:
+            apart = [cell(difference(results, line, metric), metric, "+") for metric in PARTS]
+            row = [f"{mean} ({found})" for mean, found in zip(row, apart)]
+        rows.append([line.variant, *row])
+    return markdown(["variant", *PARTS], rows)
 
 
 def table_of_seeds(results: dict[int, Result], lines: list[Line]) -> str:
     """A row per variant and seed."""
-    rows = []
-    for line in lines:
-        for seed, result in results.items():
-            if line.variant in result.scores:
-                found = result.scores[line.variant]
-                cells = [
-                    cell(interval([found[metric]]) if metric in found else None, metric)
-                    for metric in SHOWN
-                ]
-                rows.append([line.variant, str(seed), *cells])
-    return markdown(["variant", "seed", *SHOWN], rows)
+    metrics = [*SHOWN, *PARTS]
+    rows = [
+        [line.variant, str(seed), *mean_cells({seed: result}, line.variant, metrics)]
+        for line in lines
+        for seed, result in results.items()
+        if line.variant in result.scores
+    ]
+    return markdown(["variant", "seed", *metrics], rows)
 
 
 def table_of_courses(results: dict[int, Result]) -> str:
@@ -183,7 +197,7 @@ def report(results: dict[int, Result], lines: list[Line]) -> str:
     parts = [table_of_claims(results, lines)]
     if {"control", "grpo"} <= {line.variant for line in lines}:
         parts.append(control_note(results))
-    parts.append(table_of_courses(results))
+    parts += [table_of_parts(results, lines), table_of_courses(results)]
     if len(results) > 1:
         parts.append(table_of_seeds(results, lines))
     return "\n\n".join(parts) + "\n"

@@ -277,9 +277,9 @@ def results() -> dict[int, claims.Result]:
     """Of three seeds; the last one has no GRPO."""
 
     def result(sft: float, grpo: float | None) -> claims.Result:
-        scores = {"sft": {"f1": sft, "mean_tokens": 50.0, "seconds": 100.0}}
+        scores = {"sft": {"f1": sft, "f1_text": sft, "mean_tokens": 50.0, "seconds": 100.0}}
         if grpo is not None:
-            scores["grpo"] = {"f1": grpo, "mean_tokens": 60.0, "seconds": 20.0}
+            scores["grpo"] = {"f1": grpo, "f1_text": grpo, "mean_tokens": 60.0, "seconds": 20.0}
         courses = {"grpo": dict.fromkeys(claims.COURSE, [1.0, 2.0])}
         return claims.Result(scores, courses, {"sft": 90.0})
 
@@ -290,10 +290,13 @@ def test_the_tables(results):
     lines = [claims.Line("RL helps", "sft", "grpo"), claims.Line("RL helps", "grpo", "grpo")]
     header, _, *rows = claims.table_of_claims(results, lines).splitlines()
     sft, grpo = (dict(zip(header.split(" | "), row.split(" | "))) for row in rows)
-    assert sft["f1"] == "82.0 ± 5.0" and sft["seeds"] == "3" and sft["f1_image"] == "-"
+    assert sft["f1"] == "82.0 ± 5.0" and sft["seeds"] == "3"
     # -11 and -12 in the seeds that both have: 12.706 * 0.7071 / 1.4142 = 6.4
     assert sft["f1, difference"] == "-11.5 ± 6.4" and sft["against"] == "grpo"
     assert grpo["f1, difference"] == "-" and grpo["seeds"] == "2"
+    assert rows[1].startswith("|  | grpo |")  # of the same claim
+    *_, sft, grpo = claims.table_of_parts(results, lines).splitlines()
+    assert "| 82.0 ± 5.0 (-11.5 ± 6.4) |" in sft and "| 92.5 ± 19.1 |" in grpo
     assert "| grpo | 32 | 94.0 |" in claims.table_of_seeds(results, lines)
     assert "| grpo | 1.0, 2.0 | 1.000, 2.000 |" in claims.table_of_courses(results)
     summary = claims.summary(results)
