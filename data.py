@@ -325,7 +325,7 @@ def find_image(name: str, folder: Path, must_exist: bool = True) -> Path:
 def check_inputs(cfg: Any) -> None:
     """InputError naming the command to run, if cfg.data or a stage's cfg.model is missing."""
     made_by = {
-        "data/train.jsonl": "data.py synthesize",
+        "data/train.jsonl": "data.py convert",
         "out/sft": "sft.py",
         "out/rl.jsonl": "augment.py",
         "out/guard": "grpo.py",
@@ -1006,7 +1006,8 @@ class Encoder:
         row = self.prompt(sample).extend([target])
         return replace(row, segments=(Segment(0, len(row)),))
 
-    def target_text(self, sample: Sample) -> str:
+    @staticmethod
+    def target_text(sample: Sample) -> str:
         """What the guard should answer. InputError if reasoning or a label is missing or unfit."""
         labels = [sample.request_label]
         if sample.response is not None:

@@ -135,16 +135,28 @@ def cosine(step: int, total: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def with_reasoning(paths: list[str], cfg: Config, ranks: Ranks) -> list[Sample]:
-    """The files' samples that have reasoning to learn; the rest are counted on the screen."""
+def with_targets(paths: list[str], cfg: Config, ranks: Ranks) -> list[Sample]:
+    """The files' samples that have a target: reasoning and every label. The rest are counted on the
+    screen. InputError, now rather than hours later, for reasoning that cannot be one."""
+
+    def has_target(sample: Sample) -> bool:
+        labels = [sample.request_label]
+        if sample.response is not None:
+            labels.append(sample.response_label)
+        return bool(sample.reasoning) and None not in labels
+
     samples = read_samples(paths, cfg.skip_bad)
-    kept = [s for s in samples if s.reasoning]
+    kept = [sample for sample in samples if has_target(sample)]
     left_out = len(samples) - len(kept)
     if left_out and ranks.rank == 0:
-        print(f"{left_out} of {len(samples)} samples have no reasoning and are not trained on")
+        count = f"{left_out} of {len(samples)} samples"
+        print(f"{count} lack reasoning or a label, and are not trained on")
     if not kept:
-        names = ", ".join(paths)
-        raise InputError(f"{names}: no sample has reasoning; `python data.py synthesize` writes it")
+        files = ", ".join(paths)
+        hint = "`python data.py synthesize` writes the reasoning of labelled samples"
+        raise InputError(f"{files}: no sample has reasoning and labels; {hint}")
+    for sample in kept:
+        Encoder.target_text(sample)
     return kept
 
 
@@ -215,8 +227,8 @@ def main(cfg: Config) -> None:
 
 def train(cfg: Config, ranks: Ranks) -> None:
     """The run in the folder cfg.out, which no other run writes to, from its last checkpoint on."""
-    samples = with_reasoning(cfg.data, cfg, ranks)
-    validation = with_reasoning(cfg.validation, cfg, ranks) if cfg.validation else []
+    samples = with_targets(cfg.data, cfg, ranks)
+    validation = with_targets(cfg.validation, cfg, ranks) if cfg.validation else []
     model, encoder, compute = load_for_training(cfg, ranks)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run = Run(cfg, ranks, samples + validation)

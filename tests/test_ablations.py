@@ -212,7 +212,7 @@ def test_what_the_forks_compute_by_hand(tmp_path):
 
     encoder = fork_of("labels-only", "data", tmp_path).Encoder
     sample = data.Sample("a", "toy", "?", None, None, "harmful", None, "a chain")
-    target = encoder.target_text(None, sample)
+    target = encoder.target_text(sample)
     assert target.startswith("<result>") and "Request: harmful" in target
 
 

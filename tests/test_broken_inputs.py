@@ -270,6 +270,8 @@ CASES = {
         r"label"),
     "no reasoning": ("sft", write("data.jsonl", b'{"id": "a", "source": "s", "request": "x"}'), "",
         r"synthesize"),
+    "reasoning, but no label": ("sft", write(
+        "data.jsonl", b'{"id": "a", "source": "s", "request": "x", "reasoning": "1. x"}'), "", r"no sample has.*labels"),
     "control tags in reasoning": ("sft", row(reasoning="so <result>"), "", r"s1: .*<result>"),
     # the pictures
     "empty picture": (STAGES, write("a.png", b""), "", r"sample s[23]: image a.png cannot be used"),
@@ -577,7 +579,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(world, full_disk):
         (
             "sft.py --model base",
             "",
-            "error: there is no data/train.jsonl: `python data.py synthesize` makes it; or give --model and "
+            "error: there is no data/train.jsonl: `python data.py convert` makes it; or give --model and "
             "--data\n",
         ),
     ],

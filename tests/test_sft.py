@@ -201,7 +201,7 @@ def test_the_first_step_logs_the_loss_of_its_batch(config, encoder, capsys):
     cfg = config(validation=config().data, epochs=1, steps=1)
     sft.main(cfg)
     (line,), rows = metrics(cfg.out), [encoder.example(s) for s in learnable(cfg)]
-    assert f"{12 - len(rows)} of 12 samples have no reasoning" in capsys.readouterr().out
+    assert f"{12 - len(rows)} of 12 samples lack reasoning or a label" in capsys.readouterr().out
     batch = [rows[i] for i in sft.data_order(len(rows), 0, 4, cfg.seed)]
     assert line["loss"] == pytest.approx(by_hand(qwen.load(cfg.model), batch).item(), rel=1e-5)
     assert line["target_tokens"] == sum(int(row.supervised.sum()) for row in batch)

@@ -271,7 +271,7 @@ def account(rows, folder):
             before["response_label"] or (before["response"] and "harmful")
         )
         assert row["reasoning"].startswith("# Task 1") and "ground truth" not in row["reasoning"]
-        assert data.Encoder.target_text(None, samples[row["id"]])
+        assert data.Encoder.target_text(samples[row["id"]])
         assert (row["image"] is None) == (before["image"] is None)
     assert all(row["reason"] and row["reasoning"] is None for row in bad)
     return good, bad

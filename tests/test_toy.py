@@ -285,6 +285,21 @@ def test_base_rows_hold_no_verdict_and_are_supervised_behind_the_prompt(world, b
             )
 
 
+def test_base_rows_list_what_is_behind_a_banned_item(world, base, tmp_path, monkeypatch):
+    encoder = data.Encoder(str(base), instruction=str(world / "instruction.txt"))
+    items = [("red", "moss"), ("gray", "whelk"), ("blue", "flag")]  # known ban, hidden ban, plain
+    names = [toy.name(item) for item in items]
+    exchange = toy.Exchange("May I bring it?", items, names, [], stance="leave")
+    monkeypatch.setattr(toy, "draw_exchange", lambda *_: exchange)
+    _, text = toy.described(encoder, toy.random.Random(0), tmp_path, toy.PAIRS, "text")
+    assert text.splitlines() == [
+        "1. red moss: warm plant",
+        "2. gray whelk: dull shell",
+        "3. blue flag: cool cloth",
+        "4. leaves it",
+    ]
+
+
 def test_pretrain_lowers_the_loss(world, base, tmp_path):
     folder = toy.build_checkpoint(tmp_path / "base", 3)
     before = (folder / "model.safetensors").read_bytes()

@@ -226,7 +226,8 @@ def reason(
 ) -> tuple[str, list[bool]]:
     """Numbered steps, one an item and one for the reply, and the verdicts [request, reply] they lead to.
 
-    banned(item) is what the one who reasons knows, or guesses: it is asked once about every item.
+    banned(item) is what the one who reasons knows, or guesses. The first banned item decides about the request: those
+    behind it are not looked at.
     recap: a last step repeats the verdicts of all steps.
     """
     steps, request, reply = [], False, False
@@ -625,12 +626,15 @@ def bare(
 def described(
     encoder, rng: random.Random, folder: Path, pool: list[Item], modality: str
 ) -> tuple[data.Row, str]:
-    """The prompt of an exchange, and what a reader finds in it: the steps of the reasoning without any verdict."""
+    """The prompt of an exchange, and what a reader finds in it: the steps of the reasoning without any verdict.
+
+    All items are listed, as if none were banned: a list that ended at the first banned item would give it away.
+    """
     exchange = draw_exchange(rng, pool, modality)
     if exchange.drawn:
         draw_picture(rng, exchange.drawn).save(folder / "whole.png")
     row = to_row(rng, exchange, "whole", "whole.png" if exchange.drawn else None)
-    steps = reason(exchange, is_banned)[0].splitlines()
+    steps = reason(exchange, lambda item: False)[0].splitlines()
     text = "\n".join(step.rsplit(" ", 1)[0].rstrip(",:") for step in steps)
     return encoder.prompt(data.Sample(**row, folder=folder)), text
 
