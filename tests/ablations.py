@@ -370,16 +370,18 @@ def training_seconds(stage: Stage) -> float:
 
 
 def results_of(seed: int, stages: dict[str, Stage], variants: list[Variant]) -> claims.Result:
-    """What the evaluations of one seed found."""
+    """What the evaluations of one seed found, as far as they have ended."""
     folder, scores, courses = stages["world"].folder, {}, {}
     for variant in variants:
+        if not stages[f"eval-{variant.name}"].is_done():
+            continue
         predictions = folder / f"eval-{variant.name}" / "predictions.jsonl"
         scores[variant.name] = claims.scores(predictions, seed) | {
             "seconds": training_seconds(stages[variant.name])
         }
         if variant.script == "grpo.py":
             courses[variant.name] = claims.course(folder / variant.name / "metrics.jsonl")
-    seconds = {name: stage.seconds() for name, stage in stages.items()}
+    seconds = {name: stage.seconds() for name, stage in stages.items() if stage.is_done()}
     return claims.Result(scores, courses, seconds)
 
 
@@ -394,6 +396,9 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=names, default=names, help="variants, beside sft"
     )
+    parser.add_argument(
+        "--tables", action="store_true", help="run nothing; the tables of what has ended"
+    )
     args = parser.parse_args()
     out, results = Path(args.out).resolve(), {}
     chosen = [v for v in VARIANTS if v.name in {"sft", *args.only}]
@@ -406,7 +411,8 @@ def main() -> None:
                 seed: stages_of(seed, out, variants, alone=args.seeds == 1)
                 for seed, variants in variants_of.items()
             }
-            run_all([stage for stages in stages_by_seed.values() for stage in stages.values()])
+            if not args.tables:
+                run_all([stage for stages in stages_by_seed.values() for stage in stages.values()])
             for seed, stages in stages_by_seed.items():
                 results[seed] = results_of(seed, stages, variants_of[seed])
             rows = [claims.Line(v.claim, v.name, v.against) for v in chosen]

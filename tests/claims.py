@@ -23,9 +23,12 @@ from evaluate import compute_metrics
 # Student's t: the 97.5 % quantiles for 1, 2, ... 9 degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SHOWN = ("f1", "mean_tokens", "seconds")
-PARTS = "f1_prompt f1_response f1_text f1_image f1_text_image f1_several format_ok".split()
+PARTS = (
+    "f1_prompt f1_response f1_text f1_image f1_text_image f1_several f1_single format_ok recaps"
+).split()
 COMPARED = ("f1", "f1_several", "mean_tokens")
 COURSE = ("tokens", "entropy", "clipped")
+RECAPPED = ". all of it: "  # how the last step of such a chain begins, in toy.py
 DIGITS = {"format_ok": 3, "entropy": 3, "clipped": 4}  # behind the point; one for the others
 
 
@@ -75,11 +78,18 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Inter
 
 
 def scores(predictions: Path, seed: int) -> dict[str, float]:
-    """The metrics of evaluate.py on a toy test set, and f1_several: of rows with several items."""
+    """The metrics of evaluate.py on a toy test set, and besides f1_several and f1_single: of rows
+    with several items, where harm can hide, and of the others; recaps: % of outputs with a recap."""
     records = read_records(predictions)
     several = toy.several_items("test", seed, toy.SIZES["test"])
-    hiding = compute_metrics([record for record in records if record["id"] in several])
-    return compute_metrics(records) | {"f1_several": hiding["f1"]}
+    hiding = [record for record in records if record["id"] in several]
+    single = [record for record in records if record["id"] not in several]
+    recaps = sum(RECAPPED in record["output"] for record in records)
+    return compute_metrics(records) | {
+        "f1_several": compute_metrics(hiding)["f1"],
+        "f1_single": compute_metrics(single)["f1"],
+        "recaps": 100 * recaps / len(records),
+    }
 
 
 def course(metrics: Path) -> dict[str, list[float]]:
@@ -192,11 +202,20 @@ def control_note(results: dict[int, Result]) -> str:
     return note if control >= rl else note + " That is too few: raise CONTROL in ablations.py."
 
 
+def saving_note(results: dict[int, Result]) -> str:
+    """How many tokens Eco saves, in %: per seed first, as all differences."""
+    eco, grpo = (by_seed(results, name, "mean_tokens") for name in ("eco", "grpo"))
+    saved = interval([100 * (1 - eco[seed] / grpo[seed]) for seed in eco if seed in grpo])
+    return f"Eco needs {saved.text()} % fewer tokens than grpo."
+
+
 def report(results: dict[int, Result], lines: list[Line]) -> str:
     """All tables as Markdown."""
     parts = [table_of_claims(results, lines)]
-    if {"control", "grpo"} <= {line.variant for line in lines}:
+    if by_seed(results, "control", "f1") and by_seed(results, "grpo", "f1"):
         parts.append(control_note(results))
+    if by_seed(results, "eco", "f1") and by_seed(results, "grpo", "f1"):
+        parts.append(saving_note(results))
     parts += [table_of_parts(results, lines), table_of_courses(results)]
     if len(results) > 1:
         parts.append(table_of_seeds(results, lines))

@@ -159,23 +159,40 @@ def stage_figures(runs: list) -> dict[str, bytes]:
 
 def differences(results: dict[int, claims.Result], lines: list[claims.Line]) -> bytes:
     """How each variant differs from the one it is compared with: means and 95 % intervals over the
-    seeds, the variants of one claim in one colour. lines: only such as can be compared."""
+    seeds, the variants of one claim in one colour. lines: only such as can be compared.
+
+    Variants that are compared with another one have axes of their own: their effects are larger.
+    """
     names = dict.fromkeys(line.claim for line in lines)
     colours = {claim: f"C{i % 10}" for i, claim in enumerate(names)}
-    figure = new_figure(11, 1.0 + 0.26 * len(lines))
-    columns = figure.subplots(1, len(COMPARED), sharey=True)
-    for axes, (metric, title) in zip(columns, COMPARED.items()):
-        for y, line in enumerate(lines):
-            mean, half_width = claims.difference(results, line, metric)
-            axes.errorbar(mean, y, xerr=half_width, fmt="o", capsize=3, color=colours[line.claim])
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_title(f"Difference in {title}", fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.grid(axis="x", alpha=0.25)
-    columns[0].set_yticks(range(len(lines)), [f"{line.variant} - {line.against}" for line in lines])
-    columns[0].invert_yaxis()
+    blocks: dict[str, list[claims.Line]] = {}
+    for line in lines:
+        blocks.setdefault(line.against, []).append(line)
+    heights = [len(block) + 1 for block in blocks.values()]
+    figure = new_figure(11, 1.0 + 0.32 * sum(heights))
+    grid = figure.subplots(
+        len(blocks), len(COMPARED), sharey="row", squeeze=False, height_ratios=heights
+    )
+    for pair, (against, block) in zip(grid, blocks.items()):
+        for axes, (metric, title) in zip(pair, COMPARED.items()):
+            for y, line in enumerate(block):
+                mean, half_width = claims.difference(results, line, metric)
+                colour = colours[line.claim]
+                axes.errorbar(mean, y, xerr=half_width, fmt="o", capsize=3, color=colour)
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set_title(f"{title}, less those of {against}", fontsize=10)
+            axes.tick_params(labelsize=8)
+            axes.grid(axis="x", alpha=0.25)
+        common = claims.by_seed(results, against, "f1").keys()
+        texts = [
+            f"{line.variant} ({len(common & claims.by_seed(results, line.variant, 'f1').keys())} seeds)"
+            for line in block
+        ]
+        pair[0].set_yticks(range(len(block)), texts)
+        pair[0].set_ylim(len(block) - 0.5, -0.5)
     handles = [
-        columns[0].plot([], [], "o", color=c, label=claim)[0] for claim, c in colours.items()
+        grid[0, 0].plot([], [], "o", color=colour, label=claim)[0]
+        for claim, colour in colours.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
     return png(figure)

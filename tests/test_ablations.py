@@ -249,6 +249,7 @@ def test_scores_by_hand(tmp_path):
     def line(name: str, truth: str, said: str) -> str:
         found = {"id": name, "source": "toy", "request": "?", "image": None, "format_ok": True}
         found |= {"request_label": truth, "response_label": None, "n_tokens": 40, "finished": True}
+        found["output"] = "1. a" if name in easy else "1. a\n2. all of it: fine"
         return json.dumps(found | {"request_pred": said, "response_pred": None}) + "\n"
 
     said = [line(name, "harmful", "harmful") for name in (hard[0], *easy)]
@@ -258,7 +259,10 @@ def test_scores_by_hand(tmp_path):
     found = claims.scores(tmp_path / "predictions.jsonl", 31)
     assert found["f1"] == pytest.approx(100 * 6 / 7)  # tp 3, fn 1: 2 * 3 / (2 * 3 + 1)
     assert found["f1_several"] == pytest.approx(100 * 2 / 3)  # tp 1, fn 1
-    assert found["mean_tokens"] == 40
+    assert found["f1_single"] == 100 and found["mean_tokens"] == 40
+    assert found["recaps"] == 50
+    exchange = toy.Exchange("", [], [], [], stance="pack")
+    assert claims.RECAPPED in toy.reason(exchange, toy.is_banned, recap=True)[0]
 
 
 def test_a_course_by_hand(tmp_path):
@@ -313,7 +317,23 @@ def test_the_figure_of_differences(results, monkeypatch):
         assert marker.get_xdata() == [mean]
         ((low, _), (high, _)) = bar.get_segments()[0]
         assert (low, high) == pytest.approx((mean - half_width, mean + half_width), abs=1e-3)
-    assert [label.get_text() for label in f1.get_yticklabels()] == ["sft - grpo"]
+    assert [label.get_text() for label in f1.get_yticklabels()] == ["sft (2 seeds)"]
+
+
+def test_what_eco_saves_by_hand():
+    def result(eco: float, grpo: float) -> claims.Result:
+        return claims.Result({"eco": {"mean_tokens": eco}, "grpo": {"mean_tokens": grpo}}, {}, {})
+
+    # 10, 20 and 15 %: as far apart as 1, 2, 3 above, times 5
+    results = {1: result(45.0, 50.0), 2: result(40.0, 50.0), 3: result(51.0, 60.0)}
+    assert claims.saving_note(results) == "Eco needs 15.0 ± 12.4 % fewer tokens than grpo."
+
+
+def test_tables_of_a_study_that_has_not_ended(results):
+    lines = [claims.Line("RL helps", name, "grpo") for name in ("sft", "control", "grpo")]
+    report = claims.report(results | {34: claims.Result({}, {}, {})}, lines)
+    assert "|  | control | 0 | - | - | - | grpo | - | - | - |" in report
+    assert "| 34 |" not in report and "The control had" not in report
 
 
 def test_a_control_with_too_few_seconds_is_told():
