@@ -10,7 +10,7 @@ hidden, of the harmful requests called so before, the share that no longer is; a
 unharmful ones; P, mean P(harmful) of the harmful rows before and after. A swapped or removed picture changes
 the truth: there "right" uses the new one, and a high share hidden or alarmed is as it should be.
 
-    python tests/attacks.py --model out/toy/seed-31/grpo --data out/toy/seed-0/world/test.jsonl
+    python tests/attacks.py --model out/toy/seed-31/grpo --data out/toy/seed-31/world/test.jsonl
 """
 
 import argparse

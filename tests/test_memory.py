@@ -217,7 +217,7 @@ def test_sharded_step_takes_no_more_than_is_estimated(tmp_path):
 
 
 def test_bytes_of_weights_gradients_and_moments():
-    """16 for a parameter that trains, 4 for a frozen one, as README's table of parameters says."""
+    """16 for a parameter that trains, 4 for a frozen one."""
     model = memory.build(
         memory.MODELS["3B"], sft.Config(freeze=["vision", "merger"]), device="meta"
     )
