@@ -372,7 +372,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="*", metavar="DIR", help="of a run, as it was its --out")
     parser.add_argument("--out", help="write the page, an HTML file")
-    parser.add_argument("--curves", help="write reward, F1 and tokens over steps, a PNG file")
+    parser.add_argument(
+        "--curves", help="write reward, accuracy, F1 and tokens over steps, a PNG file"
+    )
     parser.add_argument("--exchange", help="write one prediction with its exchange, a PNG file")
     parser.add_argument("--id", help="of that prediction (default: a harmful one, judged rightly)")
     parser.add_argument("--packed-row", help="write who sees whom in a packed row, a PNG file")
