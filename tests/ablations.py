@@ -12,7 +12,7 @@ own, write its diff and add a line to VARIANTS.
 Every stage takes one thread, and two run at a time. The same command goes on where it was stopped:
 a stage that has ended is not run again, unless its command, the code, or a stage before it is
 another one than then. The settings below were chosen on the validation split of seed 100, the
-share of recaps in a study of seeds 3 to 5, 21 and 22; none of these is reported.
+share of recaps in a study of seeds 3 to 5, 21 and 22; none of these is in the tables.
 
     python tests/ablations.py                                    # all of it: an estimated 2.5 hours
     python tests/ablations.py --seeds 1 --only control grpo eco  # what demo.sh runs: 10 minutes
