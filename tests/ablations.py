@@ -16,6 +16,7 @@ share of recaps in a study of seeds 3 to 5, 21 and 22; none of these is in the t
 
     python tests/ablations.py                                    # all of it: an estimated 2.5 hours
     python tests/ablations.py --seeds 1 --only control grpo eco  # what demo.sh runs: 10 minutes
+    python tests/ablations.py --tables                           # of what has ended: runs nothing
 """
 
 import argparse

@@ -154,8 +154,8 @@ def table_of_claims(results: dict[int, Result], lines: list[Line]) -> str:
 
 
 def table_of_parts(results: dict[int, Result], lines: list[Line]) -> str:
-    """A row per variant: F1 by task, by modality, and on rows with several items; in brackets, how
-    they differ from those of the variant that it is compared with."""
+    """A row per variant: PARTS, and in brackets how they differ from those of the variant that it is
+    compared with."""
     rows = []
     for line in lines:
         row = mean_cells(results, line.variant, PARTS)
@@ -214,7 +214,7 @@ def report(results: dict[int, Result], lines: list[Line]) -> str:
     parts = [table_of_claims(results, lines)]
     if by_seed(results, "control", "f1") and by_seed(results, "grpo", "f1"):
         parts.append(control_note(results))
-    if by_seed(results, "eco", "f1") and by_seed(results, "grpo", "f1"):
+    if by_seed(results, "eco", "f1").keys() & by_seed(results, "grpo", "f1").keys():
         parts.append(saving_note(results))
     parts += [table_of_parts(results, lines), table_of_courses(results)]
     if len(results) > 1:

@@ -51,7 +51,7 @@ README_PANELS = (
     Panel("Held-out F1 (%)", ("val_f1",)),
     Panel("Tokens per output", ("tokens",)),
 )
-COMPARED = {"f1": "F1 x 100", "mean_tokens": "tokens per output"}  # by the figure of differences
+DIFFERENCES = {"f1": "F1 x 100", "mean_tokens": "tokens per output"}  # metrics, and their titles
 LINE_STYLES = ("-", "--", ":", "-.")  # of the metrics of one panel
 PACKED_COLOURS = ("white", "#c6dbef", "#3182bd", "#fdd0a2", "#e6550d")
 
@@ -114,8 +114,8 @@ def draw_panel(axes, panel: Panel, variants: dict[str, list]) -> None:
 
 
 def curves(runs: list, panels: tuple[Panel, ...]) -> bytes:
-    """The curves of runs, up to three panels a line. Runs whose folders have the same name are several
-    seeds of one variant. InputError if no run has any of the metrics."""
+    """The curves of runs, up to three panels a line. Runs whose folders have the same name are
+    several seeds of one variant. InputError if no run has any of the metrics."""
     drawn = [name for panel in panels for name in panel.metrics]
     runs = [run for run in runs if any(series(run, name) for name in drawn)]
     if not runs:
@@ -164,18 +164,18 @@ def differences(results: dict[int, claims.Result], lines: list[claims.Line]) -> 
 
     Variants that are compared with another one have axes of their own: their effects are larger.
     """
-    names = dict.fromkeys(line.claim for line in lines)
-    colours = {claim: f"C{i % 10}" for i, claim in enumerate(names)}
+    made = dict.fromkeys(line.claim for line in lines)
+    colours = {claim: f"C{i % 10}" for i, claim in enumerate(made)}
     blocks: dict[str, list[claims.Line]] = {}
     for line in lines:
         blocks.setdefault(line.against, []).append(line)
     heights = [len(block) + 1 for block in blocks.values()]
     figure = new_figure(11, 1.0 + 0.32 * sum(heights))
     grid = figure.subplots(
-        len(blocks), len(COMPARED), sharey="row", squeeze=False, height_ratios=heights
+        len(blocks), len(DIFFERENCES), sharey="row", squeeze=False, height_ratios=heights
     )
     for pair, (against, block) in zip(grid, blocks.items()):
-        for axes, (metric, title) in zip(pair, COMPARED.items()):
+        for axes, (metric, title) in zip(pair, DIFFERENCES.items()):
             for y, line in enumerate(block):
                 mean, half_width = claims.difference(results, line, metric)
                 colour = colours[line.claim]
@@ -184,12 +184,11 @@ def differences(results: dict[int, claims.Result], lines: list[claims.Line]) -> 
             axes.set_title(f"{title}, less those of {against}", fontsize=10)
             axes.tick_params(labelsize=8)
             axes.grid(axis="x", alpha=0.25)
-        common = claims.by_seed(results, against, "f1").keys()
-        texts = [
-            f"{line.variant} ({len(common & claims.by_seed(results, line.variant, 'f1').keys())} seeds)"
-            for line in block
-        ]
-        pair[0].set_yticks(range(len(block)), texts)
+        names, common = [], claims.by_seed(results, against, "f1").keys()
+        for line in block:
+            seeds = common & claims.by_seed(results, line.variant, "f1").keys()
+            names.append(f"{line.variant} ({len(seeds)} seeds)")
+        pair[0].set_yticks(range(len(block)), names)
         pair[0].set_ylim(len(block) - 0.5, -0.5)
     handles = [
         grid[0, 0].plot([], [], "o", color=colour, label=claim)[0]
