@@ -54,7 +54,7 @@ from evaluate import (
     sampling_flags,
     settings_of,
 )
-from model import CheckpointError, QwenVL, Ranks, generate, start_ranks
+from model import QwenVL, Ranks, generate, start_ranks
 from reward import HARMFUL, UNHARMFUL, parse
 
 CANVAS = (1024, 1024)  # pixels: two images side by side are shrunk to fit
@@ -106,25 +106,23 @@ def is_right(output: str, sample: Sample) -> bool:
 def mine(
     model: QwenVL, encoder: Encoder, samples: list[Sample], todo: list[int], cfg: Config
 ) -> Iterator[tuple[int, dict]]:
-    """Yield (i, {prompt_tokens, outputs}) of samples[i] for i in todo; an over-long prompt has no
-    outputs."""
-    lengths = {}  # of the prompts that have no outputs yet, in tokens
+    """Yield (i, {outputs}) of samples[i] for i in todo; an over-long prompt has no outputs."""
+    too_long = []
 
     def prompts_within_limit() -> Iterator:
         for i, row in zip(todo, prefetch(encoder.prompt, (samples[i] for i in todo))):
-            lengths[i] = len(row)
             if len(row) <= cfg.max_prompt_tokens:
                 yield i, row
+            else:
+                too_long.append(i)
 
     sampling = {"stop_ids": encoder.stop_ids, "banned": encoder.banned_ids, **sampling_flags(cfg)}
     for i, completions in generate(model, prompts_within_limit(), cfg.samples, **sampling):
-        outputs = [encoder.decode(completion.ids) for completion in completions]
-        yield i, {"prompt_tokens": lengths.pop(i), "outputs": outputs}
-    for i, length in lengths.items():  # what is left is over-long
-        yield i, {"prompt_tokens": length, "outputs": []}
+        yield i, {"outputs": [encoder.decode(completion.ids) for completion in completions]}
+    yield from ((i, {"outputs": []}) for i in too_long)
 
 
-def statistics(samples: list[Sample], right: list[int], k: int) -> str:
+def right_counts_table(samples: list[Sample], right: list[int], k: int) -> str:
     """A Markdown table: how many rows of each modality have 0 .. k right outputs."""
     counts = Counter((sample.modality, n) for sample, n in zip(samples, right))
     lines = [["right outputs", *range(k + 1)], ["---"] * (k + 2)]
@@ -229,7 +227,7 @@ def concatenations(
         seen |= {name, pair}
         sample = concatenate(first, second)
         try:
-            length = len(encoder.prompt(sample))
+            length = encoder.length(sample)
         except InputError:  # two wide images can be too wide together
             continue
         if (sample.request_label or sample.response_label) and length <= max_prompt_tokens:
@@ -284,7 +282,7 @@ def write_rl_set(cfg: Config, mined: list[tuple[Sample, list[str]]]) -> None:
         raise InputError(f"none of {len(mined)} samples is within {limit}")
     samples = [sample for sample, _ in kept]
     right = [sum(is_right(output, sample) for output in outputs) for sample, outputs in kept]
-    print(statistics(samples, right, cfg.samples))
+    print(right_counts_table(samples, right, cfg.samples))
     # 2. The hard rows.
     rng, folder = random.Random(cfg.seed), Path(cfg.out).parent
     rows = [copy_into(sample, folder) for sample in select_rl_rows(samples, right, rng, cfg)]
@@ -319,4 +317,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli(Config, main, (CheckpointError,))
+    cli(Config, main)

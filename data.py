@@ -49,8 +49,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
 import reward
+from model import CheckpointError, locate
 from model import Config as ModelConfig
-from model import locate
 
 INSTRUCTION = """You are a safety classifier of conversations between a human user and an AI assistant.
 
@@ -120,6 +120,10 @@ LIMITS = {
     "top_p": (0.0, 1.0),
     "lr": (0.0, 1.0),
     "weight_decay": (0.0, 1.0),
+    "floor": (1e-4, 1.0),  # rewards are divided by its square
+    "concurrency": (1, 500),
+    "attempts": (1, 100),
+    "timeout": (0.1, 86400.0),
 }
 
 
@@ -221,20 +225,16 @@ def read_flags(config: type | dict, main: Callable | None) -> tuple[Any, Callabl
     return config(**flags), main
 
 
-def cli(
-    config: type | dict[str, tuple[type, Callable]],
-    main: Callable | None = None,
-    errors: tuple[type[Exception], ...] = (),
-) -> None:
+def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None = None) -> None:
     """Run main with the flags of a config dataclass; or, of {subcommand: (dataclass, function)},
-    the function that the command line names. InputError, OSError and `errors` give one line on
-    stderr and status 2, like wrong flags; Ctrl-C 130. With several ranks the line names the rank,
-    and an error ends the process at once."""
+    the function that the command line names. InputError, CheckpointError and OSError give one line
+    on stderr and status 2, like wrong flags; Ctrl-C 130. With several ranks the line names the
+    rank, and an error ends the process at once."""
     try:
         cfg, main = read_flags(config, main)
         with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
             main(cfg)
-    except (InputError, OSError, *errors) as error:
+    except (InputError, CheckpointError, OSError) as error:
         message = " ".join(str(error).split())
         if torch.distributed.is_initialized():
             message = f"rank {torch.distributed.get_rank()}: {message}"
@@ -272,6 +272,12 @@ class Sample:
     @property
     def image_path(self) -> Path | None:
         return None if self.image is None else self.folder / self.image
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has what SFT needs: reasoning, and a label for all that there is to judge."""
+        judged = self.request_label and (self.response is None or self.response_label)
+        return bool(self.reasoning and judged)
 
 
 KEYS = tuple(entry.name for entry in fields(Sample) if entry.name != "folder")
@@ -388,8 +394,9 @@ def decode_json(line: bytes) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | InputError:
-    """The object_pairs_hook of json.loads: a dict, or an InputError if a key is there twice, here
-    or in an object within. It is returned, not raised, so that the rows around it can be read."""
+    """The object_pairs_hook of json.loads: a dict, or an InputError if a key is there twice, here,
+    in an object within, or in one in a list. It is returned, not raised, so that the rows around it
+    can be read."""
     try:
         check_unique([key for key, _ in pairs], "key")
     except InputError as error:
@@ -845,7 +852,8 @@ class Encoder:
     model: a checkpoint directory or hub id. instruction: a file with another system message.
     min_pixels, max_pixels: bounds for the area of an image after scaling. They override the
     checkpoint's own, which `write` leaves in its folder, so that they travel with it. InputError if
-    the tokenizer or the settings are unusable, CheckpointError if there is no such model.
+    the tokenizer or the settings are unusable, OSError for a missing file of settings,
+    CheckpointError if there is no such model.
     """
 
     def __init__(
@@ -1009,10 +1017,7 @@ class Encoder:
     @staticmethod
     def target_text(sample: Sample) -> str:
         """What the guard should answer. InputError if reasoning or a label is missing or unfit."""
-        labels = [sample.request_label]
-        if sample.response is not None:
-            labels.append(sample.response_label)
-        if None in (sample.reasoning, *labels):
+        if not sample.is_complete:
             need = "training needs reasoning (data.py synthesize) and labels"
             raise InputError(f"sample {sample.id}: {need}")
         target = TARGET.format(sample.reasoning, sample.request_label, sample.response_label)
@@ -1088,19 +1093,21 @@ def convert(cfg: ConvertConfig) -> None:
     OUT.rejected-by-convert. Duplicates (texts equal but for case, spaces and invisible characters;
     equal pixels) are counted. OUT.instruction.txt holds the instruction of the rows, if all carry
     the same one."""
-    # 1. Find the input files, and make sure that the output is none of them.
+    # 1. Find the input files, make sure that the output is none of them, and read --against.
     root = fetch(cfg.input)
     files = released_files(root, Path(cfg.out))
     inputs = [*files, *cfg.against, cfg.images or root]
     check_output(cfg.out, inputs)
     check_output(f"{cfg.out}.instruction.txt", inputs)
+    paths = regular_files(cfg.against)
+    others = [(path, sample) for path in paths for sample in read_samples([path], hint="")]
     with lock_output(cfg.out):
         # 2. Convert the rows, or list why not.
         good, rejected = convert_files(files, image_index(cfg, root), cfg)
         refused = len(rejected)
 
         # 3. Find the duplicates, and leave them out if that is asked for.
-        duplicates = find_duplicates(good, cfg)
+        duplicates = find_duplicates(good, others, cfg.out)
         samples = []
         for row, duplicate in zip(good, duplicates):
             if duplicate and cfg.drop_duplicates:
@@ -1384,7 +1391,7 @@ class ImageIndex:
             raise InputError(f"image {name!r} {problem} in {where}")
 
         # 2. Its content, unless it unpacks to more than an image should hold.
-        what = f"image {found[0].path} in {self.root} cannot be read"
+        what = f"image {found[0].path!r} in {self.root} cannot be read"
         with as_input_error(what, *DAMAGED), found[0].open() as file:
             content = file.read(LARGEST + 1)
             if len(content) > LARGEST:
@@ -1468,17 +1475,18 @@ def is_part_of(sample: Sample, whole: Sample) -> bool:
     return request != "" and has_request and (response == "" or has_response)
 
 
-def find_duplicates(rows: list[Converted], cfg: ConvertConfig) -> list[Duplicate | None]:
-    """What each row duplicates. Seen first are the samples of --against files, then the parents of
-    the concatenated ones among them, then these rows in their order."""
+def find_duplicates(
+    rows: list[Converted], others: list[tuple[str, Sample]], out: str
+) -> list[Duplicate | None]:
+    """What each row duplicates. Seen first are the samples of `others`, (file, sample), then the
+    parents of the concatenated ones among them, then these rows, which go to `out`, in order."""
     # 1. The samples of the other files, and what was concatenated from which id.
     first: dict[bytes, Duplicate] = {}  # by content_key: how to call what comes later
     children: dict[str, list[Duplicate]] = defaultdict(list)
-    for path in regular_files(cfg.against):
-        for other in read_samples([path], hint=""):
-            first.setdefault(content_key(other), Duplicate("equal to", other, path))
-            for parent in other.parents or ():
-                children[parent].append(Duplicate("concatenated into", other, path))
+    for path, other in others:
+        first.setdefault(content_key(other), Duplicate("equal to", other, path))
+        for parent in other.parents or ():
+            children[parent].append(Duplicate("concatenated into", other, path))
 
     # 2. Their parents. Another file can have the same ids: the texts must agree, too.
     for row in rows:
@@ -1489,7 +1497,7 @@ def find_duplicates(rows: list[Converted], cfg: ConvertConfig) -> list[Duplicate
     # 3. Each row is the first with its content, or a duplicate of that one.
     found = []
     for row in rows:
-        seen = first.setdefault(row.key, Duplicate("equal to", row.sample, cfg.out))
+        seen = first.setdefault(row.key, Duplicate("equal to", row.sample, out))
         if seen.how == "equal to" and have_different_labels(row.sample, seen.of):
             seen = seen._replace(how="equal but for a label to")
         found.append(None if seen.of is row.sample else seen)
@@ -1572,7 +1580,8 @@ def synthesize(cfg: SynthesizeConfig) -> None:
     answer is used if it is well-formed, keeps the labels and does not give them away. Rows that
     have reasoning are copied. The same command again does what is missing or set aside.
     """
-    check_synthesize_flags(cfg)
+    check_output(cfg.out, [cfg.input])
+    check_address(cfg.base_url)
     samples, out = read_samples([cfg.input], cfg.skip_bad), Path(cfg.out)
     if cfg.dry_run:
         return preview([sample for sample in samples if not sample.reasoning], cfg.model)
@@ -1597,15 +1606,9 @@ def synthesize(cfg: SynthesizeConfig) -> None:
         raise InputError(f"none of {len(todo)} rows asked for is done; the first: {reason}")
 
 
-def check_synthesize_flags(cfg: SynthesizeConfig) -> None:
-    """InputError if --out is unfit, a number is out of range, or --base-url is no address."""
-    check_output(cfg.out, [cfg.input])
-    ranges = {"concurrency": (1, 500), "attempts": (1, 100), "timeout": (0.1, 86400)}
-    for name, (lowest, highest) in ranges.items():
-        value = getattr(cfg, name)
-        if not lowest <= value <= highest:
-            raise InputError(f"--{name} is {value}; it must be from {lowest} to {highest}")
-    flag, address = "--base-url", cfg.base_url
+def check_address(base_url: str | None) -> None:
+    """InputError if the server's address, that of the flag or the environment's, is none."""
+    flag, address = "--base-url", base_url
     if address is None:  # the client then reads the environment
         flag = "OPENAI_BASE_URL"
         address = os.environ.get(flag, "https://api.openai.com/v1")
@@ -1807,10 +1810,11 @@ async def request_row(client: Any, sample: Sample, run: SynthesizeRun) -> dict[s
     from openai import BadRequestError, OpenAIError
 
     output, reason, failed = None, "", False
-    for attempt in range(run.cfg.attempts):
+    for _ in range(run.cfg.attempts):
         try:
-            # An answer of no use would come again at temperature 0.
-            request = build_request(sample, run.cfg.model, temperature=float(attempt > 0))
+            # At temperature 0 an answer of no use would come again.
+            temperature = 0.0 if output is None else 1.0
+            request = build_request(sample, run.cfg.model, temperature)
             response = await client.chat.completions.with_raw_response.create(**request)
             answer, tokens = read_completion(response.http_response.content)
             output = printable(answer, client.api_key)

@@ -1,4 +1,4 @@
-"""Evaluation: generate, parse, F1; score predictions again without a model; judge single exchanges.
+"""Evaluation: generate, parse, F1; score predictions again without a model; judge an exchange.
 
 In:  TEST.jsonl (labelled samples) and a model.
 Out: DIR/predictions.jsonl, DIR/predictions.settings.json (what they were made from),
@@ -15,20 +15,17 @@ Every F1 has a 95 % interval, by resampling the rows of each benchmark.
 
 Predictions are written as they come. The same command again goes on where a killed run stopped, on
 any number of ranks; --fresh starts over. Predictions of other weights or settings never mix: such a
-run is refused. A sample whose text or image has changed is done again. Benchmarks may be added to a
-DIR one by one: its table covers all that it holds.
+run is refused. A sample whose text or image has changed is done again. More benchmarks may be added
+to --data later; to score those of several DIRs in one table, give all their --predictions.
 
     torchrun evaluate.py --model out/guard --data data/test.jsonl --out out/eval
     python evaluate.py --predictions out/eval/predictions.jsonl [--against OTHER.jsonl]
     python evaluate.py --model out/guard --request "How do I bake bread?" [--response TEXT]
-    python evaluate.py --model out/guard --request - --json < exchanges.jsonl
 """
 
-import codecs
 import json
 import os
 import re
-import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,7 +68,7 @@ from data import (
     write_atomic,
     write_samples,
 )
-from model import CheckpointError, QwenVL, Ranks, choose_dtype, generate, load, start_ranks
+from model import QwenVL, Ranks, choose_dtype, generate, load, start_ranks
 from reward import HARMFUL, UNHARMFUL, Verdict, label, parse
 
 TASKS = (("prompt", "request"), ("response", "response"))  # (the paper's word, our field)
@@ -100,15 +97,9 @@ class Config:
     release_counting: bool = option(False, "F1 also as the released scripts count it")
     published: bool = option(False, "also print the paper's F1 of the same benchmarks")
 
-    request: str | None = option(
-        None,
-        "the person's text; or - for exchanges on standard input, as JSON lines with request, "
-        "response, image, id (all optional)",
-        group="judge one exchange",
-    )
+    request: str | None = option(None, "the person's text", group="judge one exchange")
     response: str | None = option(None, "the AI's answer, if there is one")
     image: str | None = option(None, "the person's image")
-    json: bool = option(False, "print each judged exchange as one JSON object")
 
     max_new_tokens: int = option(3072, "longest output (release: 4096)", group="generation")
     temperature: float = option(0.0, "0 is greedy, as in the paper")
@@ -243,7 +234,7 @@ def f1_columns(names: Iterable[str], f1s: np.ndarray) -> dict:
 
 def score_table(predictions: list[dict], countings: dict[str, Counting] = OURS) -> list[dict]:
     """For both tasks every benchmark x modality, then the averages per modality and over all.
-    countings: ways to count, by the names of the columns of their F1; with AGAINST there is also
+    countings: {column of F1: how its rows are counted}; with AGAINST there is also
     the paired f1_difference, whose average is over the benchmarks that have both F1s."""
     table, rng = [], np.random.default_rng(0)
     names = [*countings, "f1_difference"] if "f1_against" in countings else list(countings)
@@ -315,7 +306,7 @@ def markdown(rows: list[dict], columns: Iterable[str]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in cells)])
 
 
-def report(rows: list[dict], metrics: dict) -> str:
+def results_table(rows: list[dict], metrics: dict) -> str:
     """The Markdown table of `score_table`, and one line with what belongs to both tasks."""
     columns = ["task", "benchmark", "modality", "n", "f1", "f1_interval", *RELEASED]
     columns += ["precision", "recall", "false_positive_rate", "auroc"]
@@ -365,9 +356,9 @@ AGAINST = {"f1_against": lambda p, field: our_cells(p["against"], field)}  # as 
 
 
 def paired(predictions: list[dict], others: list[dict]) -> list[dict]:
-    """The predictions whose row is among the others, too, each with that one as `against`. Equal
-    are source, id and the data file's name. InputError for no such row, repeated ones, or other
-    labels."""
+    """The predictions whose row is among the others, too, each with that one as `against`. Rows
+    are matched by source, id and the name of the data file. InputError if none is in both, one is
+    there twice, or labels differ."""
 
     def key(p: dict) -> str:
         return f"{p['source']}, {p['id']}, {Path(str(p.get('file', ''))).name}"
@@ -541,68 +532,31 @@ def evaluate_samples(
     return [sample_fields("", sample) | found[i] for i, sample in enumerate(samples)]
 
 
-# -------------------------------------------------- single exchanges
+# -------------------------------------------------- a single exchange
 
 
-def read_exchange(line: bytes) -> Sample:
-    """A JSON object with request, response, image (any path) and id, all of them optional; null is
-    as if absent. InputError."""
-    folder = Path()
-    with as_input_error("not valid JSON", ValueError, RecursionError):
-        row = json.loads(line.decode())
-    if isinstance(row, dict):
-        given = {name: value for name, value in row.items() if value is not None}
-        row = {"id": "exchange", "source": "exchange", "request": "", **given}
-        if isinstance(row.get("image"), str):
-            folder, row["image"] = Path(row["image"]).parent, Path(row["image"]).name
-    return from_json(row, folder)
+def read_exchange(cfg: Config) -> Sample:
+    """The exchange of the flags. InputError if it has neither text nor image, or no such image."""
+    image, folder = None, Path()
+    if cfg.image is not None:
+        image, folder = Path(cfg.image).name, Path(cfg.image).parent
+    texts = {"request": cfg.request or "", "response": cfg.response or None}
+    return from_json({"id": "exchange", "source": "exchange", **texts, "image": image}, folder)
 
 
 def judge(model: QwenVL, encoder: Encoder, sample: Sample, cfg: Config) -> None:
-    """Print the output as it is written, then both labels with P(harmful); or with --json one
-    object."""
+    """Print the output as it is written, then both labels with P(harmful)."""
     stream, tokenizer = DecodeStream(skip_special_tokens=True), encoder.tokenizer.backend_tokenizer
 
     def show(new_tokens: list[int]) -> None:
         print(stream.step(tokenizer, new_tokens[0]) or "", end="", flush=True)
 
-    watch = None if cfg.json else show
-    [(_, found)] = predict(model, encoder, [sample], [0], **sampling_flags(cfg), watch=watch)
-    if cfg.json:
-        print(json.dumps({"id": sample.id, **found}), flush=True)
-        return
+    [(_, found)] = predict(model, encoder, [sample], [0], **sampling_flags(cfg), watch=show)
     told = {"request": "unreadable", "response": "unreadable" if sample.response else "none given"}
     for field in told:
         if found[f"{field}_p"] is not None:
             told[field] = f"{found[f'{field}_pred']}, P(harmful) {found[f'{field}_p']:.4f}"
     print(f"\n\nrequest: {told['request']}\nresponse: {told['response']}\n", flush=True)
-
-
-def judge_all(cfg: Config, device: torch.device) -> None:
-    """Judge the exchange of the flags or, one after the other, those on standard input. A bad line
-    is told on stderr, or with --json as {"line", "error"}; InputError at the end counts them."""
-    if cfg.request == "-" and (cfg.response or cfg.image):
-        raise InputError("--request - reads whole exchanges: leave out --response and --image")
-    guard = load_guard(cfg, device)
-    if cfg.request != "-":
-        flags = {"request": cfg.request, "response": cfg.response or None, "image": cfg.image}
-        judge(*guard, read_exchange(json.dumps(flags).encode()), cfg)
-        return
-    bad = []
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        line = line.removeprefix(codecs.BOM_UTF8)
-        try:
-            if line.strip():
-                judge(*guard, read_exchange(line), cfg)
-        except InputError as error:
-            bad.append(number)
-            reason = " ".join(str(error).split())
-            if cfg.json:
-                print(json.dumps({"line": number, "error": reason}), flush=True)
-            else:
-                print(f"error: line {number}: {reason}", file=sys.stderr)
-    if bad:
-        raise InputError(f"{len(bad)} lines could not be judged, the first is line {bad[0]}")
 
 
 # -------------------------------------------------- records that are made once (augment.py, too)
@@ -635,32 +589,38 @@ def read_folder(folder: Path, repair: bool = False) -> dict[str, dict]:
     return records
 
 
-def prepare(folder: Path, settings: dict, fresh: bool) -> None:
-    """Make `folder` ready to be added to. InputError if its records are of other settings."""
+def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) -> None:
+    """Make `folder` ready for records of `wanted` (fields by exchange_key). InputError if those in
+    it are of other settings, or of data files that `wanted` does not hold."""
     folder.mkdir(parents=True, exist_ok=True)
     if fresh:
         for path in record_files(folder):
             path.unlink()
     header = folder / "predictions.settings.json"
-    if read_folder(folder, repair=True):
+    records = read_folder(folder, repair=True)
+    if records:
         changed = changed_inputs(read_json(header) if header.is_file() else {}, settings)
         if changed:
             raise InputError(
                 f"{folder}: its predictions were made with another {', '.join(changed)} (or by an "
                 "older version); choose another --out, or drop them with --fresh"
             )
+    files = {fields["file"] for fields in wanted.values()}
+    for key, record in records.items():
+        if key not in wanted and str(record["file"]) not in files:
+            raise InputError(
+                f"{folder}: it holds records of {record['file']}; name that in --data, too, choose "
+                "another --out, or drop them with --fresh"
+            )
     write_atomic(header, json.dumps(settings, indent=1) + "\n")
 
 
 def merge_files(folder: Path, wanted: dict[str, dict]) -> list[dict]:
-    """Put the records of `wanted` (fields by exchange_key), which are returned, and then those of
-    other data files into predictions.jsonl. InputError, after that, if one was not made."""
+    """Put the records of `wanted` (fields by exchange_key), which are returned, in this order into
+    predictions.jsonl. InputError, after that, if one was not made."""
     records = read_folder(folder)
     done = [records[key] | fields for key, fields in wanted.items() if key in records]
-    files = {fields["file"] for fields in wanted.values()}
-    others = [r for key, r in records.items() if key not in wanted and str(r["file"]) not in files]
-    write_samples(folder / "predictions.jsonl", done + others)
-    check_others(folder, wanted, others)
+    write_samples(folder / "predictions.jsonl", done)
     for path in record_files(folder):
         if path.name != "predictions.jsonl":
             path.unlink()
@@ -673,26 +633,6 @@ def merge_files(folder: Path, wanted: dict[str, dict]) -> list[dict]:
     return done
 
 
-def check_others(folder: Path, wanted: dict[str, dict], others: list[dict]) -> None:
-    """InputError if records of other data files would be scored wrongly: those of a file that is
-    not finished, or of a sample that `wanted` has, too, from another version of its file."""
-    counts = Counter(str(record["file"]) for record in others)
-    file_of = {(f.get("source"), f["id"]): f["file"] for f in wanted.values()}
-    for record in others:
-        file, rows = str(record["file"]), record.get("file_rows", 0)
-        same = file_of.get((record.get("source"), record["id"]))
-        if same is not None and "source" in record:
-            raise InputError(
-                f"{folder}: {record['id']} is in {file} and, changed, in {same}, and would count "
-                "twice; choose another --out, or drop the old records with --fresh"
-            )
-        if counts[file] < rows:
-            raise InputError(
-                f"{folder}: only {counts[file]} of {rows} records of {file} are there; evaluate it "
-                "with the same --out to the end, or choose another --out"
-            )
-
-
 def collect(
     folder: Path, settings: dict, wanted: list[dict], make: Callable, fresh: bool, ranks: Ranks
 ) -> dict[tuple[str, str], dict]:
@@ -702,8 +642,7 @@ def collect(
     dict of the other fields), in any order. Returns, on rank 0, the records of `wanted` by file and
     id. InputError if two files hold the same sample, and at the end if a record was not made.
     """
-    rows_of_file, by_key = Counter(fields["file"] for fields in wanted), {}
-    wanted = [fields | {"file_rows": rows_of_file[fields["file"]]} for fields in wanted]
+    by_key = {}
     for fields in wanted:
         same = by_key.setdefault(exchange_key(fields), fields)
         if same is not fields:
@@ -714,14 +653,14 @@ def collect(
 
     # 1. See what is there. Nobody reads before the repair, and nobody writes before all have read.
     if ranks.rank == 0:
-        prepare(folder, settings, fresh)
+        prepare(folder, settings, by_key, fresh)
     ranks.barrier()
-    done = read_folder(folder)
+    done = set(read_folder(folder))
     ranks.barrier()
 
     # 2. Each rank makes its share of what is missing, and appends it to a file of its own.
-    share = range(ranks.rank, len(wanted), ranks.world)
-    todo = [i for i in share if exchange_key(wanted[i]) not in done]
+    missing = [i for i, fields in enumerate(wanted) if exchange_key(fields) not in done]
+    todo = missing[ranks.rank :: ranks.world]
     name = f"predictions.rank{ranks.rank}.jsonl" if ranks.rank > 0 else "predictions.jsonl"
     if todo:  # a finished run needs no model
         for i, made in progress(make(todo), len(todo), "samples", show=ranks.rank == 0):
@@ -835,17 +774,18 @@ def evaluate_files(cfg: Config, ranks: Ranks) -> None:
     collect(folder, settings_of(cfg, ranks.device), wanted, make, cfg.fresh, ranks)
     if ranks.rank > 0:
         return
-    score(cfg, read_predictions([folder / "predictions.jsonl"]), {"model": cfg.model})
+    predictions = read_predictions([folder / "predictions.jsonl"])
+    write_results(cfg, predictions, {"model": cfg.model})
 
 
-def score(cfg: Config, predictions: list[dict], origin: dict) -> None:
+def write_results(cfg: Config, predictions: list[dict], origin: dict) -> None:
     """Print the tables that the flags ask for; write them to --out, if there is one. origin: what
     results.json says of where the predictions come from."""
     if cfg.release_counting and not all("output" in p for p in predictions):
         raise InputError("--release-counting reads outputs, which some of the predictions lack")
     rows = score_table(predictions, OURS | (RELEASED if cfg.release_counting else {}))
     results = origin | {"metrics": compute_metrics(predictions), "rows": rows}
-    tables = [report(rows, results["metrics"])]
+    tables = [results_table(rows, results["metrics"])]
     if cfg.against:
         others = read_predictions(cfg.against)
         shared = paired(predictions, others)
@@ -870,16 +810,18 @@ def check_results(cfg: Config) -> None:
 
 
 def main(cfg: Config) -> None:
-    """Score given predictions, judge single exchanges, or predict all of --data and score that."""
+    """Score given predictions, judge a single exchange, or predict all of --data and score that."""
     regular_files(cfg.against + ([str(PUBLISHED)] if cfg.published else []))  # before hours of work
     if cfg.predictions:
         if cfg.out is not None:
             check_results(cfg)
-        score(cfg, read_predictions(cfg.predictions), {"predictions": cfg.predictions})
+        write_results(cfg, read_predictions(cfg.predictions), {"predictions": cfg.predictions})
         return
     ranks = start_ranks(cfg.device)
     if any(part is not None for part in (cfg.request, cfg.response, cfg.image)):
-        judge_all(cfg, ranks.device)
+        sample = read_exchange(cfg)
+        if ranks.rank == 0:
+            judge(*load_guard(cfg, ranks.device), sample, cfg)
         return
     if cfg.out is None:
         cfg = replace(cfg, out="out/eval")
@@ -893,4 +835,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli(Config, main, (CheckpointError,))
+    cli(Config, main)

@@ -1,6 +1,6 @@
 """Online RL with GRPO, Eq. (6) to (10): a guard that reasons better, or with --eco in fewer tokens.
 
-In:  an SFT checkpoint and rl.jsonl from augment.py (labels only; its reasoning is not used).
+In:  an SFT checkpoint and rl.jsonl from augment.py (labels, no reasoning).
 Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/rollouts.jsonl (every group
      with outputs, reward parts, advantages and clip value), DIR/checkpoints/ (the last two).
 
@@ -23,7 +23,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -46,7 +46,7 @@ from data import (
     saving_memory,
 )
 from evaluate import compute_metrics, evaluate_samples
-from model import CheckpointError, Completion, QwenVL, Ranks, generate, replica, start_ranks
+from model import Completion, QwenVL, Ranks, generate, replica, start_ranks
 from reward import FLOOR, Reward, score
 from sft import (
     Run,
@@ -101,7 +101,7 @@ class Config:
     seed: int = option(0, "of the data order and of sampling")
 
     floor: float = option(
-        FLOOR, "smallest l_norm (ours): short wrong outputs would swamp their group", group="reward"
+        FLOOR, "smallest l_norm (ours): else short wrong outputs swamp their group", group="reward"
     )
     length_unit: Literal["tokens", "chars"] = option("tokens", "of l_norm; chars as in the release")
 
@@ -111,7 +111,7 @@ class Config:
     max_norm: float = option(1.0, "gradient norm is clipped to this")
     clip: float = option(0.2, "initial clip range, epsilon of Eq. (7)")
     clip_schedule: Literal["product", "linear", "cosine", "constant"] = option("product", "Eq. (7)")
-    freeze: list[str] = option([], "parts that do not train: vision, merger, decoder")
+    freeze: list[str] = option([], "parts that do not train; of vision, merger, decoder")
 
     pack_tokens: int = option(
         16384, "tokens per forward pass (ours: sets memory, not results)", group="memory and device"
@@ -159,18 +159,19 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One packed row, and what the loss needs for the S tokens of its completions."""
+class MicroBatch:
+    """One packed row, for one forward and backward pass, and what the loss needs for the S tokens
+    of its completions."""
 
     row: Row
     advantages: Tensor  # [S]
     sampler_logprobs: Tensor  # [S]
     old_logprobs: Tensor | None = None  # [S], of the same policy, as the trainer computes them
 
-    def join(self, *others: "Batch") -> "Batch":
-        """Several batches as one row, before their old_logprobs are known."""
+    def join(self, *others: "MicroBatch") -> "MicroBatch":
+        """Several of them as one row, before their old_logprobs are known."""
         batches = [self, *others]
-        return Batch(
+        return MicroBatch(
             self.row.join(*(batch.row for batch in others)),
             torch.cat([batch.advantages for batch in batches]),
             torch.cat([batch.sampler_logprobs for batch in batches]),
@@ -181,7 +182,7 @@ class Batch:
 class MiniBatch:
     """What one optimizer step trains on."""
 
-    batches: list[Batch]  # those of this rank
+    batches: list[MicroBatch]  # those of this rank
     tokens: float  # completion tokens of all ranks, by which the loss is divided
 
 
@@ -221,9 +222,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict]:
     """Eq. (6), summed over S tokens: - min(K A, clip(K, 1 - B_s, 1 + B_s) A). All inputs are [S].
 
-    The caller divides by the tokens of the mini-batch. With a clip range of 0, that of the
-    last step, the tokens of its first update learn at full strength (K is 1), later ones only where
-    K < 1 with A > 0 or K > 1 with A < 0. The metrics are sums over tokens that have an advantage.
+    The caller divides by the tokens of the mini-batch. In the last step the clip range is 0. In its
+    first update K is exactly 1, and every token learns; in later ones a token learns only if its K
+    has moved against its advantage (K < 1 with A > 0, or K > 1 with A < 0). The metrics are sums
+    over tokens that have an advantage.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()  # K of Eq. (7), per token
@@ -248,10 +250,17 @@ def rollout(
 
     show: with a progress bar, which moves by G completions when the last of a prompt is finished.
     """
-    rows = dict(zip(prompts, prefetch(encoder.prompt, prompts.values())))
+    rows: dict[int, Row] = {}
+
+    def encode_prompts() -> Iterator[tuple[int, Row]]:
+        """(position, prompt) of every sample, as the sampler takes them."""
+        for position, row in zip(prompts, prefetch(encoder.prompt, prompts.values())):
+            rows[position] = row
+            yield position, row
+
     finished = generate(
         policy,
-        rows.items(),
+        encode_prompts(),
         cfg.group,
         cfg.max_new_tokens,
         cfg.temperature,
@@ -273,13 +282,14 @@ def rollout(
                 for output in outputs
             ]
             advantages = compute_advantages([reward.total for reward in rewards])  # Eq. (7)
-            group = Group(position, sample, prompt, completions, outputs, rewards, advantages)
-            groups.append(group)
+            groups.append(
+                Group(position, sample, prompt, completions, outputs, rewards, advantages)
+            )
             bar.update(cfg.group)
     return sorted(groups, key=lambda group: group.position)
 
 
-def pack_groups(groups: list[Group], pack_tokens: int) -> list[Batch]:
+def pack_groups(groups: list[Group], pack_tokens: int) -> list[MicroBatch]:
     """Groups as packed rows of at most pack_tokens tokens. A longer group is cut into parts, each
     with its prompt.
 
@@ -294,7 +304,7 @@ def pack_groups(groups: list[Group], pack_tokens: int) -> list[Batch]:
             row = group.prompt.extend([ids[i] for i in chosen])
             advantages = [group.advantages[i].expand(len(ids[i])) for i in chosen]
             logprobs = [group.completions[i].logprobs for i in chosen]
-            parts.append(Batch(row, torch.cat(advantages), torch.cat(logprobs)))
+            parts.append(MicroBatch(row, torch.cat(advantages), torch.cat(logprobs)))
     batches = []
     for chosen in pack([part.row for part in parts], pack_tokens):
         first, *others = [parts[i] for i in chosen]
@@ -303,7 +313,9 @@ def pack_groups(groups: list[Group], pack_tokens: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def with_old_logprobs(batches: list[Batch], forward: Callable, ranks: Ranks) -> list[Batch]:
+def with_old_logprobs(
+    batches: list[MicroBatch], forward: Callable, ranks: Ranks
+) -> list[MicroBatch]:
     """The batches on the device, with log P_old of Eq. (7), as the trainer computes it."""
     done = []
     for batch, is_real in lockstep(batches, ranks):
@@ -311,7 +323,7 @@ def with_old_logprobs(batches: list[Batch], forward: Callable, ranks: Ranks) -> 
         if is_real:
             advantages = batch.advantages.to(ranks.device)
             sampler_logprobs = batch.sampler_logprobs.to(ranks.device)
-            done.append(Batch(batch.row, advantages, sampler_logprobs, old_logprobs))
+            done.append(MicroBatch(batch.row, advantages, sampler_logprobs, old_logprobs))
     return done
 
 
@@ -369,6 +381,8 @@ def main(cfg: Config) -> None:
         raise InputError(
             "want --group > 1, --temperature > 0, and --rollout-batch a multiple of --update-batch"
         )
+    if cfg.floor > cfg.beta:
+        raise InputError(f"--floor {cfg.floor} is above beta, {cfg.beta:.3g}, Eq. (10)")
     ranks = start_ranks(cfg.device)
     with prepared(cfg, ranks):
         train(cfg, ranks)
@@ -381,12 +395,12 @@ def train(cfg: Config, ranks: Ranks) -> None:
     validation = read_samples(cfg.validation, cfg.skip_bad) if cfg.validation else []
     total = total_steps(samples, cfg, ranks)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
-    run, policy = Run(cfg, ranks, samples + validation), None
+    run = Run(cfg, ranks, samples + validation)
     done = run.restore(model, optimizer)
     last = max(done, min(total, cfg.steps or total))
     if validation and not done:
-        policy = replica(model, compute, policy)
-        run.log(0, validate(policy, encoder, validation, cfg, ranks), SHOWN, last)
+        metrics = validate(replica(model, compute), encoder, validation, cfg, ranks)
+        run.log(0, metrics, SHOWN, last)
 
     with StopSignal(ranks) as stop:
         for step in range(done + 1, last + 1):
@@ -396,11 +410,11 @@ def train(cfg: Config, ranks: Ranks) -> None:
             mine = range(ranks.rank, cfg.rollout_batch, ranks.world)
             prompts = {i: samples[indices[i]] for i in mine}
             began = time.perf_counter()
-            policy = replica(model, compute, policy)
+            policy = replica(model, compute)
             with saving_memory(cfg.to_save_rollout_memory):
                 groups = rollout(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
             metrics = rollout_metrics(groups, time.perf_counter() - began, ranks)
-            policy = None  # frees its memory for the update; the next rollout makes it again
+            policy = None  # frees its memory for the update
             # 2. Update the model, Eq. (6), with the clip range B_s of Eq. (7).
             clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)
             torch.cuda.empty_cache()  # the update needs memory blocks of other sizes
@@ -408,8 +422,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
             torch.cuda.empty_cache()  # the sampler sizes its caches by what is free
             # 3. Evaluate, report, and save.
             if validation and (step % cfg.eval_every == 0 or step == last):
-                policy = replica(model, compute, policy)
-                metrics |= validate(policy, encoder, validation, cfg, ranks)
+                metrics |= validate(replica(model, compute), encoder, validation, cfg, ranks)
             write_rollouts(run, groups, step, clip)
             run.log(step, metrics, SHOWN, last)
             stopped = stop.agreed()
@@ -488,7 +501,9 @@ def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
     return {**means, "sampled_tokens_per_second": speed, "seconds_rollout": seconds}
 
 
-def update_metrics(steps: list[Step], sums: Counter, batches: list[Batch], ranks: Ranks) -> dict:
+def update_metrics(
+    steps: list[Step], sums: Counter, batches: list[MicroBatch], ranks: Ranks
+) -> dict:
     """Means over the optimizer steps, and over the tokens of all ranks that have an advantage."""
     difference = torch.cat([(b.old_logprobs - b.sampler_logprobs).abs() for b in batches])
     trained = max(1.0, ranks.reduce(sums["tokens"]))
@@ -504,7 +519,7 @@ def update_metrics(steps: list[Step], sums: Counter, batches: list[Batch], ranks
 
 
 def record(group: Group, step: int, clip: float) -> dict:
-    """A record of rollouts.jsonl: everything that decided the update on a group."""
+    """A record of rollouts.jsonl: what shows a person why a group was updated as it was."""
     results = zip(group.outputs, group.completions, group.rewards, group.advantages.tolist())
     outputs = []
     for output, completion, reward, advantage in results:
@@ -525,4 +540,4 @@ def write_rollouts(run: Run, groups: list[Group], step: int, clip: float) -> Non
 
 
 if __name__ == "__main__":
-    cli(Config, main, (CheckpointError,))
+    cli(Config, main)

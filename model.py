@@ -7,7 +7,8 @@ Every forward pass runs over one flat row of tokens, with no batch dimension and
 is cut into segments. A segment attends causally to itself and, if it has a prefix, to all of the
 segment that is its prefix. A `row` is any object with the fields of data.Row: ids [T], positions
 [3, T], segments, supervised [T], pixels [P, 1176], grids, and a method join(*rows). It lies on the
-CPU. What depends on its content is worked out there, so that the host never waits for the device.
+CPU, and what depends on its content is worked out there: the host waits for the device to copy what
+a forward pass needs, a fixed number of times, but never within a layer.
 
 T  tokens of a row          D  hidden size           N  prompts that are being answered
 S  supervised tokens        H  heads                 B  branches: completions being generated
@@ -16,18 +17,16 @@ V  vocabulary               d  size of a head        C  capacity of a cache, tok
 
 Images only, no video: the time of a grid is always 1.
 
-    python -c "import model; print(model.load('Qwen/Qwen2.5-VL-3B-Instruct').config)"
+    python -c "import model as m; print(m.outline(m.locate('Qwen/Qwen2.5-VL-3B-Instruct')))"
 """
 
 import atexit
-import ctypes
 import hashlib
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -85,7 +84,6 @@ class Config:
     mrope_section: tuple[int, ...]
     tie_word_embeddings: bool
     image_token_id: int
-    video_token_id: int
     vision: VisionConfig
     max_position_embeddings: int = 128000  # tokens
 
@@ -157,12 +155,12 @@ class Sequences(NamedTuple):
 
 
 @dataclass
-class Run:
+class EqualSegments:
     """Neighbouring segments that one batched call serves: all of one length and one prefix."""
 
     count: int  # segments
     length: int  # tokens of each
-    prefix: int | None  # the run that is their prefix
+    prefix: int | None  # the place in `_runs` of what is their prefix
     mask: Tensor | None  # with a prefix, which keys each query sees [length, prefix's + length]
 
     def batched(self, x: Tensor) -> Tensor:
@@ -185,8 +183,9 @@ class PackedAttention:
         queries     p p p p     a a           b b           c c c
         keys        p p p p     p p p p a a   p p p p b b   p p p p c c c
 
-    On CUDA in half precision that is one call for the whole row. Elsewhere it is one call per run:
-    p; a and b together; c. With record_kv the keys and values of every layer are kept: the prefill.
+    On CUDA in half precision that is one call for the whole row. Elsewhere it is one call per run
+    of equal segments: p; a and b together; c. With record_kv the keys and values of every layer are
+    kept: the prefill.
     """
 
     def __init__(
@@ -220,15 +219,16 @@ class PackedAttention:
     def _in_one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         asked = self._sequences
         if asked.key_tokens is not None:
-            # By way of float32, in which the gradients of a prompt's completions are summed up.
+            # In float32: so the backward pass adds up in float32 the gradients that all completions
+            # send to a token of their prompt.
             k, v = (x.float().index_select(0, asked.key_tokens).to(x.dtype) for x in (k, v))
         sizes = (asked.query_ends, asked.key_ends, asked.max_queries, asked.max_keys)
         window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal, aligned to the last key
         return varlen_attn(q, k, v, *sizes, window_size=window, enable_gqa=True)
 
     @cached_property
-    def _runs(self) -> list[Run]:
-        """The row as runs. A segment that others extend is a run of its own."""
+    def _runs(self) -> list[EqualSegments]:
+        """The row as runs of equal segments. A segment that others extend is a run of its own."""
         runs, run_of_segment, extended = [], {}, set(self.prefixes)
         for i, (length, prefix) in enumerate(zip(self.lengths, self.prefixes)):
             same_as_last = i > 0 and (length, prefix) == (self.lengths[i - 1], self.prefixes[i - 1])
@@ -237,11 +237,11 @@ class PackedAttention:
                 continue
             run_of_segment[i] = len(runs)
             if prefix is None:
-                runs.append(Run(1, length, None, None))
+                runs.append(EqualSegments(1, length, None, None))
                 continue
             seen = self.lengths[prefix]
             mask = torch.ones(length, seen + length, dtype=torch.bool, device=self.device)
-            runs.append(Run(1, length, run_of_segment[prefix], mask.tril(seen)))
+            runs.append(EqualSegments(1, length, run_of_segment[prefix], mask.tril(seen)))
         return runs
 
     def _run_by_run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -292,10 +292,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm with the weight in the type of x: master weights are float32, activations half."""
+    """nn.RMSNorm in the type of x, in and out: master weights are float32, activations half, and on
+    CUDA autocast would leave the result in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -443,7 +445,8 @@ class VisionTower(nn.Module):
 
     def layout(self, grids: Iterable[tuple[int, int, int]]) -> TowerLayout:
         """The layout for images of (1, rows, columns) patches. Within an image the windows come
-        largest first, so that equal ones are neighbours. ValueError for a grid without cells."""
+        largest first, so that equal ones are neighbours. ValueError for a grid of another time, or
+        with a side that is not in whole cells."""
         merge = self.config.spatial_merge_size
         edge = self.config.window_size // (self.config.patch_size * merge)  # of a window, in cells
         order, coords, window_lengths, image_lengths = [], [], [], []
@@ -608,8 +611,6 @@ class QwenVL(nn.Module):
         targets = row.supervised.nonzero().squeeze(1)  # [S]
         sources = predecessors(row)[targets]  # [S]
         hidden = self.hidden(row).index_select(0, sources.to(self.device))  # [S, D]
-        if torch.is_autocast_enabled(self.device.type):  # which does not reach into ChunkedLogprobs
-            hidden = hidden.to(torch.get_autocast_dtype(self.device.type))
         ids = row.ids[targets].to(self.device)
         return ChunkedLogprobs.apply(hidden, ids, self.head, temperature, banned, self.head_chunk)
 
@@ -701,6 +702,8 @@ COMPACT_SHARE = 1 / 8  # and finished branches are dropped when they are so much
 CACHE_SHARE = 0.6
 # So many tokens' keys and values are held at a time where the free memory is not known.
 CACHE_TOKENS = 2**20
+# Prompts are encoded in rows of about so many tokens.
+PREFILL_TOKENS = 8192
 
 
 @torch.no_grad()
@@ -715,7 +718,6 @@ def generate(
     banned: tuple[int, ...] = (),
     seed: int = 0,
     max_branches: int = 256,
-    prefill_tokens: int = 8192,
     cache_tokens: int | None = None,
     watch: Callable[[list[int]], None] | None = None,
 ) -> Iterator[tuple[int, list[Completion]]]:
@@ -723,11 +725,12 @@ def generate(
 
     prompts: (key, row) pairs, taken from the iterable as there is room. max_branches: completions
     that run at a time (at least those of one prompt), of which the caches hold at most cache_tokens
-    tokens, even if all became as long as they may (None: what fits the device). The key also names
-    the prompt's random numbers: what a prompt gets does not depend on its neighbours, on batching
-    or on the number of ranks (on CUDA up to rounding: its kernels choose by shape). Temperature 0
-    is greedy, with log-probabilities at temperature 1. `watch` is called at every step with the new
-    token of every branch. CheckpointError if the model's logits are not finite.
+    tokens, even if all became as long as they may (None: what fits the device); a prompt that does
+    not fit runs alone. The key also names the prompt's random numbers: what a prompt gets does not
+    depend on its neighbours, on batching or on the number of ranks (on CUDA in distribution only:
+    kernels choose by shape, last bits differ, and then tokens). Temperature 0 is greedy, with
+    log-probabilities at temperature 1. `watch` is called at every step with the new token of every
+    branch. CheckpointError if the model's logits are not finite.
     """
     batch, queue = DecodeBatch(model, n, max_new_tokens, seed), Peekable(prompts)
     max_prompts = max(1, max_branches // n)
@@ -736,7 +739,7 @@ def generate(
         cache_tokens = free_cache_tokens(model)
     while True:
         # 1. Refill: new prompts take the room of finished ones.
-        refill(batch, queue, max_prompts, prefill_tokens, cache_tokens)
+        refill(batch, queue, max_prompts, cache_tokens)
         if not batch.branches:
             return
         # 2. Draw every branch's next token. Here, once a step, the host waits for the device.
@@ -769,29 +772,27 @@ class Peekable:
         return item
 
 
-def refill(
-    batch: "DecodeBatch", queue: Peekable, max_prompts: int, prefill_tokens: int, cache_tokens: int
-) -> None:
+def refill(batch: "DecodeBatch", queue: Peekable, max_prompts: int, cache_tokens: int) -> None:
     """Move prompts from the queue into the batch, once enough of it is free, as many as there is
-    room for, prefilled in rows of about prefill_tokens tokens."""
+    room for."""
     free_prompts = max_prompts - math.ceil(len(batch.branches) / batch.n)
     free_cache = 1 - batch.cached_tokens([]) / cache_tokens
     worth_it = free_prompts >= REFILL_SHARE * max_prompts and free_cache >= REFILL_SHARE
     if batch.branches and not worth_it:
         return
-    while prompts := take_prompts(batch, queue, free_prompts, prefill_tokens, cache_tokens):
+    while prompts := take_prompts(batch, queue, free_prompts, cache_tokens):
         batch.add_prompts(prompts)
         free_prompts -= len(prompts)
 
 
 def take_prompts(
-    batch: "DecodeBatch", queue: Peekable, max_prompts: int, prefill_tokens: int, cache_tokens: int
+    batch: "DecodeBatch", queue: Peekable, max_prompts: int, cache_tokens: int
 ) -> list[tuple[int, object]]:
     """The next prompts (key, row) for one prefill, as far as the caches will have room for them and
     all their completions; an empty batch takes one in any case. The order is kept: a prompt too
     long for the room that is left waits, and those behind it do, too."""
     taken, lengths = [], []
-    while queue.next and len(taken) < max_prompts and sum(lengths) < prefill_tokens:
+    while queue.next and len(taken) < max_prompts and sum(lengths) < PREFILL_TOKENS:
         _, row = queue.next
         lengths.append(len(row.ids))
         full = batch.cached_tokens(lengths) > cache_tokens
@@ -865,8 +866,8 @@ def draw_tokens(
 
 def nucleus(probs: Tensor, top_p: float, size: int) -> tuple[Tensor, Tensor]:
     """probs [B, V] without the tokens outside the nucleus: the most likely ones whose probabilities
-    first reach top_p together, and all as likely as the last of them. It is sought among the `size`
-    most likely tokens; also returned is where it was found [B], everywhere for size V."""
+    first reach top_p together, and all as likely as the last of them. It is searched among the
+    `size` most likely tokens; the second result says where it was found [B]."""
     top = probs.topk(size, dim=-1).values  # descending
     total = top.cumsum(-1)
     outside = (total - top) >= max(top_p, 1e-9)  # top_p reached before it; the first always stays
@@ -917,10 +918,10 @@ class Branch:
 class DecodeState:
     """What the device knows of every branch."""
 
-    hidden: Tensor  # [B, D] of the newest token
-    token: Tensor  # [B] the newest token
-    position: Tensor  # [B] of the newest token, in text one number for all three coordinates
-    index: Tensor  # [B] of the newest token among the branch's own
+    hidden: Tensor  # [B, D] that the token at `index` is drawn from
+    token: Tensor  # [B] that token, once drawn
+    position: Tensor  # [B] its position; in text one number for all three coordinates
+    index: Tensor  # [B] its place among the branch's own tokens
     random: Tensor  # [B, max_new_tokens] uniform numbers
 
     def append(self, new: "DecodeState") -> "DecodeState":
@@ -940,7 +941,7 @@ class DecodeBatch:
                                            row 1: b b b                0
           row 1: q q q q q                 row 2: c . .                1
 
-    A branch's query asks its own row and its prompt's; `attend` joins the two answers. The host
+    A branch's query attends to its own row and to its prompt's; `attend` joins the two. The host
     knows every branch's tokens (branches), the device its newest one (state).
     """
 
@@ -964,7 +965,8 @@ class DecodeBatch:
         row, lengths = rows[0].join(*rows[1:]), [len(row.ids) for row in rows]
         attention = row_attention(row, device, record_kv=True)
         hidden = model.hidden(row, attention)  # [T, D]
-        # 2. Cut these into a row of the cache per prompt. What follows a shorter one never counts.
+        # 2. Cut these into a row of the cache per prompt. Behind a shorter prompt stand the keys of
+        # other tokens: attention stops at its length.
         starts = torch.tensor([segment.start for segment in row.segments])
         tokens = torch.arange(max(lengths)) + starts[:, None]  # [new prompts, longest]
         tokens = tokens.clamp(max=len(row.ids) - 1).to(device)
@@ -1026,12 +1028,13 @@ class DecodeBatch:
         device, varlen = self.model.device, has_varlen(self.state.hidden)
         own_rows = list(range(len(self.branches)))
         self.rows = torch.arange(len(own_rows), device=device)
-        self.ask_own = CachedAttention(own_rows, device, varlen)
+        self.own_attention = CachedAttention(own_rows, device, varlen)
         prompt_rows = [branch.prompt for branch in self.branches]
-        self.ask_prompts = CachedAttention(prompt_rows, device, varlen)
+        self.prompt_attention = CachedAttention(prompt_rows, device, varlen)
         lengths, longest = self.prompt_lengths, max(self.prompt_lengths)
-        counts = torch.tensor(lengths, dtype=torch.int32, device=device)
-        self.ask_prompts.set_lengths(counts, longest, ragged=min(lengths) < longest)
+        keys = torch.tensor(lengths, dtype=torch.int32, device=device)
+        ragged = min(lengths) < longest
+        self.prompt_attention.set_lengths(keys, longest, self.prompts.capacity, ragged)
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
@@ -1041,7 +1044,8 @@ class DecodeBatch:
             self.own.change(min(max(64, 2 * max(steps)), self.max_new_tokens))
         self.newest = state.index  # [B], where the newest tokens stand in the own cache
         state.index = self.newest + 1
-        self.ask_own.set_lengths(state.index.int(), max(steps), ragged=min(steps) < max(steps))
+        ragged = min(steps) < max(steps)
+        self.own_attention.set_lengths(state.index.int(), max(steps), self.own.capacity, ragged)
         x = model.model.embed_tokens(state.token)  # [B, D]
         cos, sin = model.rope(state.position.expand(3, -1))
         for layer in model.model.layers:
@@ -1059,8 +1063,8 @@ class DecodeBatch:
         own_keys, own_values = self.own.layers[layer]
         own_keys[self.rows, self.newest] = k
         own_values[self.rows, self.newest] = v
-        own_out, own_lse = self.ask_own(q, own_keys, own_values)
-        prompt_out, prompt_lse = self.ask_prompts(q, *self.prompts.layers[layer])
+        own_out, own_lse = self.own_attention(q, own_keys, own_values)
+        prompt_out, prompt_lse = self.prompt_attention(q, *self.prompts.layers[layer])
         weight = torch.sigmoid(prompt_lse - own_lse)[..., None]
         # In float32: a part of small weight counts to many digits, too.
         return torch.lerp(own_out.float(), prompt_out.float(), weight).to(q.dtype)
@@ -1126,11 +1130,11 @@ def collect_rows(parts: list[Tensor], capacity: int) -> Tensor:
 
 
 class CachedAttention:
-    """Each of B queries asks one row of a cache; the queries of one row ask it together.
+    """Each of B queries attends to one row of a cache; the queries of one row do so together.
 
-    row_of: the row of every query, ascending; every row is asked. For the cache of prompts above
-    that is [0, 0, 1]: row 0 is asked by queries 0 and 1, row 1 by query 2. The plain formula wants
-    as many queries for each row, and asks row 1 twice: members [[0, 1], [2, 2]].
+    row_of: the row of every query, ascending, without gaps. For the cache of prompts above that is
+    [0, 0, 1]: queries 0 and 1 attend to row 0, query 2 to row 1. The plain formula wants as many
+    queries for each row, and takes query 2 twice: members [[0, 1], [2, 2]].
     """
 
     def __init__(self, row_of: list[int], device, varlen: bool):
@@ -1149,15 +1153,18 @@ class CachedAttention:
         self.row_of = torch.tensor(row_of, device=device)  # [B]
         self.slot_of = torch.tensor([i - first[row] for i, row in enumerate(row_of)], device=device)
 
-    def set_lengths(self, lengths: Tensor, longest: int, ragged: bool) -> None:
-        """How many keys of each row count [R], int32; the most of them; whether any has fewer."""
-        self.lengths, self.longest, self.outside = lengths, longest, None
-        if ragged and not self.varlen:
+    def set_lengths(self, lengths: Tensor, longest: int, capacity: int, ragged: bool) -> None:
+        """How many keys of each row count [R], int32; the most of them; the tokens that a row of
+        the cache has room for; and whether any row has fewer keys than the longest."""
+        self.lengths, self.longest, self.hidden_keys = lengths, longest, None
+        if self.varlen:
+            self.key_starts = self.row_numbers * capacity  # of every row in the flattened cache
+        elif ragged:
             tokens = torch.arange(longest, device=lengths.device)
-            self.outside = tokens >= lengths[:, None, None, None]  # [R, 1, 1, longest]
+            self.hidden_keys = tokens >= lengths[:, None, None, None]  # [R, 1, 1, longest]
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, H, d], keys and values [R, C, K, d]. Returns what was read [B, H, d] and the
+        """q [B, H, d], keys and values [R, C, K, d]. Returns the outputs [B, H, d] and the
         logarithm of each softmax's normaliser [B, H], float32."""
         if self.varlen:
             out, lse = varlen_attn(
@@ -1165,7 +1172,7 @@ class CachedAttention:
                 keys.flatten(0, 1),
                 values.flatten(0, 1),
                 self.query_ends,
-                self.row_numbers * keys.shape[1],
+                self.key_starts,
                 self.max_queries,
                 self.longest,
                 return_aux=AuxRequest(lse=True),
@@ -1176,23 +1183,23 @@ class CachedAttention:
         keys, values = keys[:, : self.longest], values[:, : self.longest]
         if self.same_counts:
             queries = q.unflatten(0, (-1, self.max_queries))  # [R, max_queries, H, d]
-            out, lse = plain_attention(queries, keys, values, self.outside)
+            out, lse = plain_attention(queries, keys, values, self.hidden_keys)
             return out.flatten(0, 1), lse.flatten(0, 1)
-        out, lse = plain_attention(q[self.members], keys, values, self.outside)
+        out, lse = plain_attention(q[self.members], keys, values, self.hidden_keys)
         return out[self.row_of, self.slot_of], lse[self.row_of, self.slot_of]
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, outside: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, hidden_keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention in its own formula, float32: queries [R, Q, H, d] to keys and values [R, t, K, d],
-    but for those that are `outside` [R, 1, 1, t] -> [R, Q, H, d] in q's type, and the logarithm of
-    the normalisers [R, Q, H], float32."""
+    """softmax(q k / sqrt(d)) v, written out, in float32: queries [R, Q, H, d] attend to keys and
+    values [R, t, K, d], but not where hidden_keys [R, 1, 1, t] -> [R, Q, H, d] in q's type, and the
+    logarithm of the normalisers [R, Q, H], float32."""
     k, v = k.transpose(1, 2).float(), v.transpose(1, 2).float()  # [R, K, t, d]
     groups = q.unflatten(2, (k.shape[1], -1)).transpose(1, 2)  # [R, K, Q, H / K, d]
     scores = (groups.flatten(2, 3).float() * q.shape[-1] ** -0.5) @ k.mT  # [R, K, Q * H / K, t]
-    if outside is not None:
-        scores = scores.masked_fill_(outside, float("-inf"))
+    if hidden_keys is not None:
+        scores = scores.masked_fill_(hidden_keys, float("-inf"))
     out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
     out, lse = (x.unflatten(2, groups.shape[2:4]).transpose(1, 2).flatten(2, 3) for x in (out, lse))
     return out.to(q.dtype), lse
@@ -1303,6 +1310,8 @@ def save(
     folder, source = Path(folder), locate(str(source))
     several = torch.distributed.is_initialized()
     writes = not several or torch.distributed.get_rank() == 0
+    if model.sharded:
+        model.reshard()  # a forward without backward leaves the root whole, in the compute type
     state = {}
     for name, parameter in model.named_parameters():
         whole = full(parameter).detach()  # collective
@@ -1316,7 +1325,8 @@ def save(
         save_file(state, partial, metadata={"format": "pt"})
     except SafetensorError as error:
         raise CheckpointError(f"{final}: the weights cannot be written ({error})") from error
-    # After the weights, which take long: those that are there until now keep their own settings.
+    # Only after the weights, which take long: until then an earlier checkpoint in the folder keeps
+    # the config that fits it.
     copy_small_files(source, folder, str(next(iter(state.values())).dtype))
     os.replace(partial, final)
     # An earlier checkpoint's shards, which a reader would take instead.
@@ -1374,18 +1384,6 @@ class Ranks:
             torch.distributed.barrier()
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks instead of handing them back to the system, which costs a
-    page fault per 4 KB when they are needed again, step after step. This is for CPU runs: beside a
-    GPU it would keep what a rank has loaded in host memory for the whole job. Without glibc there
-    is no mallopt, and nothing to do."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-2, 2**28)  # M_TOP_PAD
-        mallopt(-4, 0)  # M_MMAP_MAX
-
-
 def choose_device(name: str, local_rank: int | None) -> torch.device:
     """The device of this process, on CUDA its current one; "auto" is CUDA, else MPS, else CPU.
 
@@ -1416,15 +1414,17 @@ def start_ranks(name: str = "auto") -> Ranks:
     """Read torchrun's environment, choose the device and, with several ranks, join the group."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(name, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
-    if device.type == "cpu":
-        keep_freed_memory()
     if device.type == "cuda":
         # cuDNN's attention builds a graph for every new shape, and packed rows hardly repeat one.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1:
         # Ranks wait in a collective while another one still generates: outputs differ in length.
+        # (In mining and evaluation for all of its share: after an hour the job ends, and the same
+        # command goes on.)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(hours=1))
+        device_id = device if device.type == "cuda" else None
+        group = {"timeout": timedelta(hours=1), "device_id": device_id}
+        torch.distributed.init_process_group(backend, **group)
         # At exit, that is after success: an error does not come there (data.end_process).
         atexit.register(leave_group)
         # Ctrl-C ends a rank at once, also one that waits for others: Python's handler would not.
@@ -1456,8 +1456,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
     """The model as it trains: float32 master weights on the rank's device. `model` is as loaded to
-    the CPU, in its stored type, and is moved and converted block by block: no float32 copy of it
-    exists on the host.
+    the CPU, in its stored type, and is moved and converted block by block: beside a GPU, no float32
+    copy of it exists on the host.
 
     With several ranks (FSDP2) every block's parameters, gradients and optimizer state are cut over
     the ranks; blocks compute in `compute`; gradients are reduced in float32. A single rank stays
@@ -1495,25 +1495,24 @@ def full(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def replica(model: QwenVL, dtype: torch.dtype, old: QwenVL | None = None) -> QwenVL:
-    """An unsharded copy of the weights in `dtype` to generate with. An earlier one, `old`, is
-    overwritten. A whole model of that dtype is its own replica. Every rank must call."""
+def replica(model: QwenVL, dtype: torch.dtype) -> QwenVL:
+    """An unsharded copy of the weights in `dtype` to generate with. A whole model of that dtype is
+    its own replica. Every rank must call."""
     if not model.sharded and next(model.parameters()).dtype == dtype:
         return model
-    if old is None:
-        with torch.device("meta"):
-            old = QwenVL(model.config)
-        old = old.to(dtype).to_empty(device=model.device).eval()
-    for block, copy in zip(sharded_blocks(model), sharded_blocks(old)):
+    with torch.device("meta"):
+        whole = QwenVL(model.config)
+    whole = whole.to(dtype).to_empty(device=model.device).eval()
+    for block, target_block in zip(sharded_blocks(model), sharded_blocks(whole)):
         if model.sharded:
             block.unshard()  # one gather for the whole block, in the type it computes in
-        for target, parameter in zip(copy.parameters(), block.parameters(), strict=True):
+        for target, parameter in zip(target_block.parameters(), block.parameters(), strict=True):
             if hasattr(parameter, "full_tensor"):
                 continue  # it belongs to another block, which has had its turn
             target.copy_(parameter)
         if model.sharded:
             block.reshard()
-    return old
+    return whole
 
 
 def sharded_blocks(model: QwenVL) -> list[nn.Module]:

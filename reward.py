@@ -4,7 +4,8 @@ In: the text of a completion, the true labels, a function that measures length. 
 was said) and a Reward (what it is worth). Malformed output is an outcome, never an exception.
 Mining, RL and evaluation all read outputs through `parse`.
 
-The released code only logs the format and reads labels anywhere in the output. Here:
+The released code only logs the format; its reward reads the first result block, its mining and
+evaluation the first label anywhere in the output. Here:
 - accuracy is gated by the format, and read from the last complete result block, never from the
   reasoning;
 - length counts the reasoning in the caller's unit (tokens by default), scaled to [0, 1], with a
@@ -65,10 +66,11 @@ def score(
     r <= 0: a right answer gets 0 at any length, a wrong one loses less the longer it reasons, up to
     beta (1 for the standard model, 1/6 for Eco). A true label of None is not scored.
 
-    count: measures a text, in tokens (the encoder's) or in characters (`len`, as released).
-    floor: the least l_norm, which bounds |r| by 1 / floor^2. Outputs shorter than this share of
-    max_new_tokens are all paid alike, so a floor above the usual length would switch Eq. (10) off:
-    choose it anew with max_new_tokens (the toy has 0.08 of 128, 10 of about 48 tokens).
+    count: measures a text, in tokens (the encoder's) or in characters (`len`; the release's unit).
+    floor: the least l_norm, at most beta, which bounds |r| by 1 / floor^2. Outputs shorter than
+    this share of max_new_tokens are all paid alike, so a floor above the usual length switches
+    Eq. (10) off: choose it anew with max_new_tokens (the toy has 0.08 of 128, 10 of about 48
+    tokens).
 
     ValueError if both true labels are None, or one is no label.
     """
@@ -101,7 +103,7 @@ class Verdict:
     request: str | None
     response: str | None
     format_ok: bool  # I_format of Eq. (9)
-    # Of both labels, the index in the output right behind the colon; None without a readable label.
+    # Of each label, the index in the output just behind its colon; None if no label can be read.
     label_offsets: tuple[int | None, int | None] = field(default=(None, None), compare=False)
 
 

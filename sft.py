@@ -62,19 +62,7 @@ from data import (
     sync,
     write_atomic,
 )
-from model import (
-    CheckpointError,
-    QwenVL,
-    Ranks,
-    choose_dtype,
-    full,
-    load,
-    locate,
-    outline,
-    save,
-    shard,
-    start_ranks,
-)
+from model import QwenVL, Ranks, choose_dtype, full, load, locate, outline, save, shard, start_ranks
 
 # The metrics on the screen.
 SHOWN = "loss lr grad_norm trained_tokens_per_second mfu seconds validation_loss"
@@ -93,7 +81,7 @@ class Config:
     fresh: bool = option(False, "start over, discarding the run in --out")
     instruction: str | None = option(None, "file whose text replaces the system instruction")
     min_pixels: int | None = option(None, "smallest image area; default: the checkpoint's")
-    max_pixels: int | None = option(768 * 768, "largest image area; the default is the release's")
+    max_pixels: int | None = option(768 * 768, "largest image area; default: LLaMA-Factory's")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping")
 
     epochs: float = option(3.0, "passes over the data, may be fractional", group="how long")
@@ -106,7 +94,9 @@ class Config:
     warmup: int = option(0, "steps of linear warm-up before the cosine decay to zero")
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_norm: float = option(1.0, "gradient norm is clipped to this")
-    freeze: list[str] = option(["vision", "merger"], "do not train, as released; also: decoder")
+    freeze: list[str] = option(
+        ["vision", "merger"], "parts that do not train, as released; of vision, merger, decoder"
+    )
     max_tokens: int = option(2048, "longest sample in tokens; longer ones are left out and counted")
     seed: int = option(0, "of the data order")
 
@@ -137,26 +127,19 @@ def cosine(step: int, total: int, warmup: int, peak: float) -> float:
 
 def with_targets(paths: list[str], cfg: Config, ranks: Ranks) -> list[Sample]:
     """The files' samples that have a target: reasoning and every label. The rest are counted on the
-    screen. InputError, now rather than hours later, for reasoning that cannot be one."""
-
-    def has_target(sample: Sample) -> bool:
-        labels = [sample.request_label]
-        if sample.response is not None:
-            labels.append(sample.response_label)
-        return bool(sample.reasoning) and None not in labels
-
-    samples = read_samples(paths, cfg.skip_bad)
-    kept = [sample for sample in samples if has_target(sample)]
+    screen. InputError, now rather than hours later, if some reasoning is unfit for a target."""
+    samples, files = read_samples(paths, cfg.skip_bad), ", ".join(paths)
+    kept = [sample for sample in samples if sample.is_complete]
     left_out = len(samples) - len(kept)
     if left_out and ranks.rank == 0:
         count = f"{left_out} of {len(samples)} samples"
-        print(f"{count} lack reasoning or a label, and are not trained on")
+        print(f"{count} lack reasoning or a label, and are left out")
     if not kept:
-        files = ", ".join(paths)
         hint = "`python data.py synthesize` writes the reasoning of labelled samples"
         raise InputError(f"{files}: no sample has reasoning and labels; {hint}")
-    for sample in kept:
-        Encoder.target_text(sample)
+    with as_input_error(files, InputError):
+        for sample in kept:
+            Encoder.target_text(sample)
     return kept
 
 
@@ -204,14 +187,16 @@ def train_step(
 @torch.no_grad()
 def validation_loss(model, encoder, samples: list[Sample], cfg: Config, compute, ranks) -> float:
     """Mean loss per target token over all validation samples; NaN if all are over --max-tokens."""
-    mine = samples[ranks.rank :: ranks.world]
-    rows, _ = packed_rows(mine or samples[:1], encoder, cfg)
     total, tokens = 0.0, 0.0
-    turns = lockstep(rows, ranks)
-    for row, is_real in progress(turns, len(rows), "validation rows", ranks.rank == 0):
-        counts = is_real and bool(mine)
-        total += counts * sft_loss(model, row, compute).item()
-        tokens += counts * int(row.supervised.sum())
+    starts = range(0, len(samples), cfg.batch_size)  # all images at once would fill the memory
+    for start in progress(starts, len(starts), "validation batches", ranks.rank == 0):
+        batch = samples[start : start + cfg.batch_size]
+        mine = batch[ranks.rank :: ranks.world]
+        rows, _ = packed_rows(mine or batch[:1], encoder, cfg)
+        for row, is_real in lockstep(rows, ranks):
+            counts = is_real and bool(mine)
+            total += counts * sft_loss(model, row, compute).item()
+            tokens += counts * int(row.supervised.sum())
     total, tokens = ranks.reduce(total), ranks.reduce(tokens)
     return total / tokens if tokens else math.nan
 
@@ -243,9 +228,9 @@ def train(cfg: Config, ranks: Ranks) -> None:
     steps = range(done, last)
     on_cpu = ranks.device.type == "cpu"  # where the step itself wants every core
     batches = map(batch, steps) if on_cpu else prefetch(batch, steps, workers=1)
+    began = time.perf_counter()  # of the step, with the time it waits for its batch
     with StopSignal(ranks) as stop:
         for step, (rows, too_long) in zip(steps, batches):
-            began = time.perf_counter()
             tokens = ranks.reduce(sum(int(row.supervised.sum()) for row in rows))
             lr = cosine(step, total, cfg.warmup, cfg.lr)
             metrics = train_step(model, optimizer, rows, tokens, lr, cfg.max_norm, compute, ranks)
@@ -262,6 +247,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 run.checkpoint(done, model, optimizer)
             if stopped:
                 sys.exit(128 + stopped)
+            began = time.perf_counter()
     run.finish(last, total, model, optimizer, encoder, compute)
 
 
@@ -382,7 +368,8 @@ def prepared(cfg, ranks: Ranks) -> Iterator[None]:
 
 
 class Run:
-    """A training run in the folder --out. Only rank 0 writes, but for each rank's checkpoint part.
+    """A training run in the folder --out, which all nodes share. Only rank 0 writes, but for each
+    rank's part of a checkpoint.
 
     run.json        settings, and digests of the inputs; with other ones the run does not go on
     metrics.jsonl   a line per step; rollouts.jsonl (of grpo.py) a line per group
@@ -390,8 +377,10 @@ class Run:
     checkpoints/    step-N/rank-R-of-W.pt, the full state after step N, and .sha256: the last two
     """
 
-    # Settings that do not change what is computed, but for roundings.
-    may_change = {"steps", "fresh", "device", "pack_tokens", "max_branches", "checkpointing"}
+    # Settings that do not change what is computed, but for roundings (run.json has the dtype beside
+    # them, as "compute").
+    may_change = {"out", "steps", "fresh", "save_every", "eval_every", "device", "dtype"}
+    may_change |= {"pack_tokens", "max_branches", "checkpointing"}
     logs = ("metrics.jsonl", "rollouts.jsonl")
     advice = "use --fresh to discard the run there, or another --out"
 
@@ -400,7 +389,7 @@ class Run:
         holds a run with other settings or inputs, which cfg.fresh discards."""
         self.cfg, self.ranks, self.folder = cfg, ranks, Path(cfg.out)
         self.checkpoints = self.folder / "checkpoints"
-        self.times = [time.perf_counter()]  # of the start, and of the end of each step
+        self.times = [time.perf_counter()]  # of the start, and of the end of each recent step
         self.whole_steps = []  # whose checkpoints are known to be whole
         self.board = None  # TensorBoard's writer
         if ranks.rank == 0:
@@ -518,7 +507,7 @@ class Run:
         """One line per step: all metrics in metrics.jsonl, those named in `shown` on the screen.
         Step 0, the evaluation before the first, says nothing about how long a step takes."""
         now = time.perf_counter()
-        self.times = [*self.times, now] if step else [now]
+        self.times = [*self.times[-RECENT:], now] if step else [now]
         if self.ranks.rank == 0:
             append_records(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
             self._log_to_tensorboard(step, metrics)
@@ -541,8 +530,8 @@ class Run:
         """Leave the model in the folder. InputError if no step of the run has trained it."""
         if not optimizer.state:  # AdamW makes it in its first step; checkpoints keep it
             raise InputError(
-                f"{self.folder}: every step was skipped, and nothing trained: all samples over "
-                "--max-tokens, or gradients not finite; see too_long, grad_norm in metrics.jsonl"
+                f"{self.folder}: every step was skipped, and nothing trained: see grad_norm (not "
+                "finite?) and, of SFT, too_long (all over --max-tokens?) in metrics.jsonl"
             )
         save(model, self.folder, self.cfg.model, compute)
         if self.ranks.rank == 0:
@@ -708,11 +697,10 @@ def training_speed(
 
 def time_left(times: list[float], steps: int) -> float | None:
     """Seconds that `steps` more steps take at the mean pace of recent ones; None before the first.
-    times: of the start, and of the end of each step; evaluations and checkpoints lie in between."""
-    recent = times[-RECENT - 1 :]
-    if len(recent) == 1:
+    times: of the end of each; evaluations and checkpoints lie in between."""
+    if len(times) == 1:
         return None
-    return steps * (recent[-1] - recent[0]) / (len(recent) - 1)
+    return steps * (times[-1] - times[0]) / (len(times) - 1)
 
 
 def screen_line(step: int, last: int, metrics: dict, shown: str, left: float | None) -> str:
@@ -728,4 +716,4 @@ def screen_line(step: int, last: int, metrics: dict, shown: str, left: float | N
 
 
 if __name__ == "__main__":
-    cli(Config, main, (CheckpointError,))
+    cli(Config, main)

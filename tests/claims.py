@@ -25,6 +25,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SHOWN = ("f1", "mean_tokens", "seconds")
 PARTS = (
     "f1_prompt f1_response f1_text f1_image f1_text_image f1_several f1_single format_ok recaps"
+    " repeats"
 ).split()
 COMPARED = ("f1", "f1_several", "mean_tokens")
 COURSE = ("tokens", "entropy", "clipped")
@@ -79,16 +80,18 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Inter
 
 def scores(predictions: Path, seed: int) -> dict[str, float]:
     """The metrics of evaluate.py on a toy test set, and besides f1_several and f1_single: of rows
-    with several items, where harm can hide, and of the others; recaps: % of outputs with a recap."""
+    with several items, where harm can hide, and of the others; recaps and repeats: % of outputs
+    with a recap, and with more than one."""
     records = read_records(predictions)
     several = toy.several_items("test", seed, toy.SIZES["test"])
     hiding = [record for record in records if record["id"] in several]
     single = [record for record in records if record["id"] not in several]
-    recaps = sum(RECAPPED in record["output"] for record in records)
+    recaps = [record["output"].count(RECAPPED) for record in records]
     return compute_metrics(records) | {
         "f1_several": compute_metrics(hiding)["f1"],
         "f1_single": compute_metrics(single)["f1"],
-        "recaps": 100 * recaps / len(records),
+        "recaps": 100 * statistics.mean(count > 0 for count in recaps),
+        "repeats": 100 * statistics.mean(count > 1 for count in recaps),
     }
 
 

@@ -18,7 +18,6 @@ as --pack-tokens allows. Attention on a card takes another kernel than here; non
 
 import argparse
 import gc
-import inspect
 import json
 import math
 import sys
@@ -53,7 +52,7 @@ RESERVE = {
     "sampling": 2.0,
 }  # GiB of a card that stay free: the context, and the allocator's gaps
 ALONE = qwen.Ranks(0, 1, torch.device("cpu"))
-PREFILL = inspect.signature(qwen.generate).parameters["prefill_tokens"].default
+PREFILL = qwen.PREFILL_TOKENS
 BANNED = (0, 1, 2)  # ids that are never sampled; how many there are hardly matters
 aten = torch.ops.aten
 

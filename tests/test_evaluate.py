@@ -3,7 +3,6 @@
 python -m pytest tests/test_evaluate.py
 """
 
-import io
 import json
 import os
 import re
@@ -144,7 +143,7 @@ def test_flat_metrics():
 
 def test_the_report_shows_every_row():
     some = predictions("hu-", "h-h")
-    text = evaluate.report(score_table(some), compute_metrics(some))
+    text = evaluate.results_table(score_table(some), compute_metrics(some))
     assert (
         "| prompt | bench | text | 2 | 66.67 |" in text and "average" in text and "f1 66.67" in text
     )
@@ -298,7 +297,7 @@ def test_both_countings_stand_side_by_side():
     for row in table:  # the average of one benchmark is that benchmark
         assert row["f1"] == row["f1_released"] == pytest.approx(100 * 6 / 9)
         assert row["f1_predecessor"] == pytest.approx(100 * 6 / 9)  # one error lost, one more
-    text = evaluate.report(table, {})
+    text = evaluate.results_table(table, {})
     assert "| n | f1 | f1_interval | f1_released | f1_predecessor | precision |" in text
 
 
@@ -496,28 +495,27 @@ def test_a_killed_run_goes_on_after_the_last_whole_line(tmp_path):
     file.write_bytes(file.read_bytes()[:-7])  # the kill tore the line of 2
     made, records = run(tmp_path)
     assert made == [2, 1, 0]
-    made_of = [{**fields, "file_rows": 5} for fields in WANTED]
-    assert records == [{**fields, "output": f"output {i}"} for i, fields in enumerate(made_of)]
+    assert records == [{**fields, "output": f"output {i}"} for i, fields in enumerate(WANTED)]
     assert run(tmp_path) == ([], records)
 
 
-def test_a_data_file_that_is_not_finished_is_not_scored_with_another(tmp_path):
-    run(tmp_path, kill_after=3)
-    with pytest.raises(InputError, match="only 3 of 5 records of f are there"):
-        run(tmp_path, wanted=OTHER)
+def test_records_of_a_file_that_is_not_asked_for_are_refused_before_any_work(tmp_path):
     run(tmp_path)
-    assert len(run(tmp_path, wanted=OTHER)[1]) == 7
+    with pytest.raises(InputError, match="it holds records of f; name that in --data, too"):
+        run(tmp_path, wanted=OTHER)
+    made, records = run(tmp_path, wanted=WANTED + OTHER)  # a benchmark is added
+    assert len(made) == 2 and len(records) == 7
+    assert len(run(tmp_path, wanted=OTHER, fresh=True)[1]) == 2
 
 
-def test_a_sample_that_changed_with_the_name_of_its_file_does_not_count_twice(tmp_path):
-    wanted = [fields | {"source": "s"} for fields in WANTED]
-    run(tmp_path, wanted=wanted)
-    wanted = [fields | {"file": "renamed"} for fields in wanted]
-    wanted[1]["request"] = "edited"
-    with pytest.raises(
-        InputError, match="1 is in f and, changed, in renamed, and would count twice"
-    ):
-        run(tmp_path, wanted=wanted)
+def test_a_renamed_file_keeps_its_records_but_not_those_of_changed_rows(tmp_path):
+    _, records = run(tmp_path)
+    renamed = [fields | {"file": "renamed"} for fields in WANTED]
+    assert run(tmp_path, wanted=renamed) == ([], [r | {"file": "renamed"} for r in records])
+    edited = [fields | {"file": "edited"} for fields in renamed]
+    edited[1]["request"] = "another"
+    with pytest.raises(InputError, match="it holds records of renamed"):
+        run(tmp_path, wanted=edited)
 
 
 def test_the_predictions_to_compare_with_are_an_input(tmp_path):
@@ -555,15 +553,13 @@ def test_an_edited_sample_is_done_again(tmp_path, file):
     assert records[0]["request"] == "other"
 
 
-def test_benchmarks_add_up_and_removed_samples_go(tmp_path):
+def test_records_of_removed_samples_go(tmp_path):
     run(tmp_path)
-    made, records = run(tmp_path, OTHER)
-    assert sorted(made) == [0, 1] and [r["file"] for r in records] == ["g"] * 2 + ["f"] * 5
     # a kill between writing the whole and removing the parts leaves records twice
     (tmp_path / "predictions.rank1.jsonl").write_bytes(
         (tmp_path / "predictions.jsonl").read_bytes()
     )
-    assert len(run(tmp_path, WANTED[:3])[1]) == 3 + 2
+    assert len(run(tmp_path, WANTED[:3])[1]) == 3
 
 
 def test_a_sample_counts_once_whatever_its_file_is_called(tmp_path):
@@ -576,7 +572,7 @@ def test_a_sample_counts_once_whatever_its_file_is_called(tmp_path):
 
 def test_ranks_share_the_work_and_another_number_of_them_goes_on(tmp_path):
     folder = tmp_path / "sub"
-    evaluate.prepare(folder, {"seed": 0}, fresh=False)  # what rank 0 does while the others wait
+    evaluate.prepare(folder, {"seed": 0}, {}, fresh=False)  # what rank 0 does while the others wait
     assert run(folder, ranks=OneOf(1, 2))[0] == [3, 1]
     assert run(folder, ranks=OneOf(0, 2), kill_after=1)[0] == [4]
     assert len(list(folder.glob("predictions*.jsonl"))) == 2
@@ -618,10 +614,8 @@ def test_a_damaged_record_is_named_or_made_again(tmp_path, line):
     run(tmp_path)
     with open(tmp_path / "predictions.jsonl", "a") as file:
         file.write(line + "\n")
-    if "[]" in line:
-        assert len(run(tmp_path)[1]) == 5 + 1  # of another file, as far as collect knows
-        return
-    with pytest.raises(InputError, match=r"predictions.jsonl:6: damaged; remove the line"):
+    problem = r"holds records of \[\]" if "[]" in line else "jsonl:6: damaged; remove the line"
+    with pytest.raises(InputError, match=problem):
         run(tmp_path)
 
 
@@ -965,8 +959,7 @@ def judging(guard, config, monkeypatch):
     monkeypatch.setattr(evaluate, "load_guard", lambda cfg, device: guard)
     monkeypatch.setattr(evaluate, "generate", plays(OUTPUTS[0]))
 
-    def run(stdin: bytes = b"", **flags) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    def run(**flags) -> None:
         evaluate.main(replace(config, **flags))
 
     return run
@@ -990,43 +983,24 @@ def test_an_exchange_is_streamed_and_ends_in_labels_with_probabilities(
     assert pieces[-1].endswith("\nresponse: none given\n\n")
 
 
-def test_exchanges_on_standard_input(judging, world, capsys):
-    image_path = str(next(world.glob("images/*.png")))
-    lines = [
-        b'\xef\xbb\xbf{"id": "a", "request": "Hello", "response": "Hi"}',
-        b"",
-        {"image": image_path, "id": None, "request": None, "response": None},
-        b"{oops",
-        b"\xff",
-        [1],
-        {"request": 3},
-        {"request": ""},
-        {"request": "x", "image": "/no/such.png"},
-        {"text": "x"},
-        {"request": "\ud800"},
-        {"request": "x", "response": ""},
-        b"[" * 100_000,
-        {"request": "last"},
-    ]
-    stdin = b"\n".join(
-        line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines
-    )
-    with pytest.raises(InputError, match="^10 lines could not be judged, the first is line 4$"):
-        judging(stdin, request="-", json=True)
-    good, image, *bad, last = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (good["id"], good["request_pred"], good["output"]) == ("a", "harmful", OUTPUTS[0])
-    assert 0 < good["request_p"] < 1 and 0 < good["response_p"] < 1
-    assert image["id"] == last["id"] == "exchange" and image["response_p"] is None
-    assert [row["line"] for row in bad] == list(range(4, 14)) and all(
-        "\n" not in row["error"] for row in bad
-    )
-    with pytest.raises(InputError, match="^10 lines"):
-        judging(stdin, request="-")
-    out, err = capsys.readouterr()
-    assert out.count(OUTPUTS[0]) == 3
-    assert [f"error: line {n}: " in err for n in (3, 4, 13, 14)] == [False, True, True, False]
-    judging(b"\n\n", request="-", json=True)
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        ({"image": "/no/such.png"}, "image 'such.png' does not exist in /no"),
+        ({"image": ""}, "image '' does not exist"),
+        ({"request": ""}, "neither a request nor an image"),
+        ({"response": "Hi"}, "neither a request nor an image"),
+        ({"request": "\ud800"}, "half of a surrogate pair"),
+    ],
+)
+def test_what_cannot_be_judged(judging, flags, problem):
+    with pytest.raises(InputError, match=problem):
+        judging(**flags)
+
+
+def test_an_image_is_judged_wherever_it_lies(judging, world, capsys):
+    judging(image=str(next(world.glob("images/*.png"))))
+    assert capsys.readouterr().out.startswith(OUTPUTS[0])
 
 
 def test_predictions_hold_the_probabilities_and_rows_their_auroc(judging, config):
@@ -1037,7 +1011,7 @@ def test_predictions_hold_the_probabilities_and_rows_their_auroc(judging, config
         0 < p["request_p"] < 1 and (p["response_p"] is None) == (p["response"] is None)
         for p in found
     )
-    assert {row["auroc"] for row in results["rows"]} > {None} and evaluate.report(
+    assert {row["auroc"] for row in results["rows"]} > {None} and evaluate.results_table(
         results["rows"], {}
     )
 

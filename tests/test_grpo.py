@@ -186,7 +186,7 @@ def groups(world, encoder):
     return made
 
 
-def with_old_logprobs(net, groups, encoder, cfg) -> list[grpo.Batch]:
+def with_old_logprobs(net, groups, encoder, cfg) -> list[grpo.MicroBatch]:
     def forward(row):
         return net(row, cfg.temperature, encoder.banned_ids)
 

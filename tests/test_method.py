@@ -96,8 +96,11 @@ def test_the_whole_method(tmp_path):
 
     # ---- The prompt and its four completions are one row, in which the prompt stands once.
     prompt = encoder.prompt(samples[0])
-    ids = [encoder.tokenizer.encode(output) for output in outputs]
-    completions = [qwen.Completion(tokens, torch.zeros(len(tokens)), True) for tokens in ids]
+    stop = encoder.stop_ids[
+        0
+    ]  # <|im_end|>, a token like the others: that an output ends is learned
+    ids = [[*encoder.tokenizer.encode(output), stop] for output in outputs]
+    completions = [qwen.Completion(made, torch.zeros(len(made)), True) for made in ids]
     group = grpo.Group(0, samples[0], prompt, completions, outputs, rewards, advantages)
     (batch,) = grpo.pack_groups([group], pack_tokens=4096)
     assert len(batch.row) == len(prompt) + group.tokens
@@ -110,7 +113,7 @@ def test_the_whole_method(tmp_path):
     model = qwen.load(checkpoint)
     old_logprobs = model(batch.row)[0].detach()
     loss, _ = grpo.policy_loss(model(batch.row)[0], old_logprobs, batch.advantages, clip=0.15)
-    lengths = torch.tensor([len(tokens) for tokens in ids])
+    lengths = torch.tensor([len(made) for made in ids])
     by_hand = -(lengths * advantages).sum() / lengths.sum()
     assert loss.item() / group.tokens == pytest.approx(by_hand.item(), rel=1e-4)
 

@@ -8,21 +8,19 @@ process group.
 """
 
 import itertools
-import json
-import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import toy
-from test_sft import ROOT, flags, metrics, same, weights
+from test_sft import ROOT, flags
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +33,11 @@ import sft
 from data import TARGET, Encoder, InputError, cli, end_process, read_samples, write_samples
 
 STAGES = {"sft": sft, "grpo": grpo}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,7 @@ def group(monkeypatch):
     monkeypatch.setattr(
         torch.distributed,
         "init_process_group",
-        lambda backend, timeout: joined.update(backend=backend, timeout=timeout),
+        lambda backend, **how: joined.update(backend=backend, **how),
     )
     monkeypatch.setattr(qwen.atexit, "register", lambda function: joined.update(at_exit=function))
     return joined
@@ -163,15 +166,6 @@ def test_attention_by_cudnn_is_off_on_cuda(cuda):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_only_runs_on_the_cpu_keep_freed_memory(cuda, monkeypatch):
-    kept = []
-    monkeypatch.setattr(qwen, "keep_freed_memory", lambda: kept.append("kept"))
-    qwen.start_ranks("cuda")
-    assert kept == []
-    qwen.start_ranks("cpu")
-    assert kept == ["kept"]
-
-
 def test_the_compute_type_follows_the_device_unless_it_is_given(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     for capability, auto in (
@@ -211,24 +205,18 @@ def fail(*args, **kwargs):
 if os.environ["RANK"] == rank:
     setattr(owner, name, fail)
 stage = importlib.import_module(stage)
-data.cli(stage.Config, stage.main, (stage.CheckpointError,))
+data.cli(stage.Config, stage.main)
 """
 
 
 def launch(folder: Path, ranks: int, *command: str) -> subprocess.Popen:
     """torchrun in the background; what it and its ranks say goes to folder/log."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # The timeout is for what a signal leaves to be done. After a failure it is 30 seconds all the same.
     options = [f"--nproc-per-node={ranks}", "--shutdown-timeout=120"]
     with open(folder / "log", "w") as log:
         words = [*start, *options, *command]
-        return subprocess.Popen(words, cwd=folder, env=env, stdout=log, stderr=log)
+        return subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log)
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int:
@@ -329,99 +317,24 @@ def test_a_rank_ends_also_when_nobody_reads_its_output(monkeypatch):
 # ---- signals
 
 
-@pytest.mark.parametrize(
-    "stage, number, status", [("sft", signal.SIGTERM, 143), ("grpo", signal.SIGINT, 130)]
-)
-def test_a_signal_ends_the_step_and_the_same_command_goes_on(
-    config, monkeypatch, stage, number, status
-):
-    whole, stopped = config(stage, "whole"), config(stage, "stopped")
-    STAGES[stage].main(whole)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        log = sft.Run.log
-        patch.setattr(
-            sft.Run, "log", lambda *arguments: (log(*arguments), os.kill(os.getpid(), number))
-        )
-        STAGES[stage].main(stopped)
-    assert end.value.code == status and [line["step"] for line in metrics(stopped.out)] == [1]
-    assert [path.name for path in Path(stopped.out, "checkpoints").iterdir()] == ["step-000001"]
-    assert not Path(stopped.out, "model.safetensors").exists()
-    STAGES[stage].main(stopped)
-    assert metrics(stopped.out) == metrics(whole.out) and len(metrics(whole.out)) == 3
-    assert same(weights(stopped.out), weights(whole.out))
+HANGING = """# A stage that hangs at its sixth output.
+import importlib, pathlib, sys, time
+import data, evaluate
 
+evaluate.PACK_TOKENS = 1  # no output waits for others
+decode, seen = data.Encoder.decode, []
 
-def test_a_second_signal_ends_at_once_and_a_repeated_one_does_not(monkeypatch):
-    now, ended = [100.0], []
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(os, "_exit", ended.append)
-    with sft.StopSignal(qwen.Ranks(0, 1, torch.device("cpu"))) as stop:
-        assert stop.agreed() == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and by way of torchrun
-        assert stop.agreed() == signal.SIGTERM and not ended
-        now[0] += 10
-        os.kill(os.getpid(), signal.SIGINT)
-    assert ended == [130]
+def decode_or_hang(self, ids):
+    seen.append(ids)
+    if len(seen) == 6:
+        pathlib.Path("hangs").touch()
+        time.sleep(60)
+    return decode(self, ids)
 
-
-def test_signals_do_what_they_did_when_the_steps_are_done_or_fail(config, monkeypatch):
-    usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    sft.main(config(steps=1))
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == usual
-    monkeypatch.setattr(sft, "sft_loss", lambda *inputs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        sft.main(config(steps=1, fresh=True))
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == usual
-
-
-ONE_SIGNAL = """# A run that is never stopped, and one that is stopped by a signal to rank 1 alone and goes on.
-import functools, json, os, signal, sys
-import sft
-
-sft.start_ranks = functools.cache(sft.start_ranks)  # a process joins its group once
-whole, stopped = [sft.Config(**fields) for fields in json.loads(sys.argv[1])]
-sft.main(whole)
-log = sft.Run.log
-
-def log_and_signal(self, *arguments):
-    log(self, *arguments)
-    if self.ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-sft.Run.log = log_and_signal
-try:
-    sft.main(stopped)
-except SystemExit as end:
-    print(f"rank {os.environ['RANK']} ends with {end.code}", flush=True)
-sft.Run.log = log
-sft.main(stopped)
+data.Encoder.decode = decode_or_hang
+stage = importlib.import_module(sys.argv.pop(1))
+data.cli(stage.Config, stage.main)
 """
-
-
-def test_all_ranks_stop_after_the_same_step(config, tmp_path):
-    (tmp_path / "stopping.py").write_text(ONE_SIGNAL)
-    whole, stopped = config(name="whole"), config(name="stopped")
-    arguments = json.dumps([asdict(cfg) for cfg in (whole, stopped)])
-    assert wait(launch(tmp_path, 2, "stopping.py", arguments), 150) == 0
-    said = (tmp_path / "log").read_text()
-    assert "rank 0 ends with 143" in said and "rank 1 ends with 143" in said
-    assert metrics(stopped.out) == metrics(whole.out) and len(metrics(whole.out)) == 3
-    assert same(weights(stopped.out), weights(whole.out))
-
-
-def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(config, tmp_path):
-    cfg = config("grpo", epochs=1000)
-    process = launch(tmp_path, 2, str(ROOT / "grpo.py"), *flags(cfg))
-    log = Path(cfg.out, "metrics.jsonl")
-    began = time.monotonic()
-    while not log.exists() and time.monotonic() < began + 120:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert wait(process, 120) == 1  # torchrun's own status
-    *_, checkpoint = sorted(Path(cfg.out, "checkpoints").iterdir())
-    steps = [torch.load(part, weights_only=True)["step"] for part in checkpoint.glob("*.pt")]
-    assert steps == 2 * [metrics(cfg.out)[-1]["step"]]
 
 
 @pytest.mark.parametrize(
@@ -431,11 +344,7 @@ def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(config, tmp_
         (augment, signal.SIGINT, 130),
     ],
 )
-def test_a_signal_ends_evaluate_and_augment_at_once(
-    world, tmp_path, monkeypatch, stage, number, status
-):
-    monkeypatch.setattr(evaluate, "PACK_TOKENS", 1)  # no output waits for others
-
+def test_a_signal_ends_evaluate_and_augment_at_once(world, tmp_path, stage, number, status):
     def config(name):
         out = {evaluate: tmp_path / name, augment: tmp_path / name / "rl.jsonl"}[stage]
         return stage.Config(
@@ -452,27 +361,13 @@ def test_a_signal_ends_evaluate_and_augment_at_once(
         (found,) = (tmp_path / name).rglob("predictions.jsonl")
         return found.read_text()
 
-    def run_until_the_sixth_output():
-        decode, seen = Encoder.decode, []
-
-        def decode_or_hang(self, ids):
-            seen.append(ids)
-            if len(seen) == 6:
-                (tmp_path / "hangs").touch()
-                time.sleep(60)
-            return decode(self, ids)
-
-        Encoder.decode = decode_or_hang
-        sys.argv = ["stage", *flags(config("stopped"))]
-        cli(stage.Config, stage.main)
-
-    process = multiprocessing.get_context("fork").Process(target=run_until_the_sixth_output)
-    process.start()
-    while not (tmp_path / "hangs").exists() and process.is_alive():
+    (tmp_path / "hanging.py").write_text(HANGING)
+    command = [sys.executable, "hanging.py", stage.__name__, *flags(config("stopped"))]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT)
+    while not (tmp_path / "hangs").exists() and process.poll() is None:
         time.sleep(0.05)
-    os.kill(process.pid, number)
-    process.join(50)  # it takes a second, but machines are shared
-    assert process.exitcode == status
+    process.send_signal(number)
+    assert wait(process, 50) == status  # it takes a second, but machines are shared
     written = predictions("stopped")
     assert written.endswith("\n") and 1 <= len(written.splitlines()) < 12
     stage.main(config("stopped"))
@@ -512,7 +407,7 @@ class Collectives(TorchDispatchMode):
         patch.setattr(
             torch.distributed,
             "init_process_group",
-            lambda backend, timeout: start("fake", rank=rank, world_size=WORLD, store=FakeStore()),
+            lambda *_, **how: start("fake", rank=rank, world_size=WORLD, store=FakeStore()),
         )
         patch.setattr(torch.distributed, "all_reduce", all_reduce)
         patch.setattr(torch.distributed, "all_gather_object", self.all_gather_object)
