@@ -1156,12 +1156,12 @@ class CachedAttention:
     def set_lengths(self, lengths: Tensor, longest: int, capacity: int, ragged: bool) -> None:
         """How many keys of each row count [R], int32; the most of them; the tokens that a row of
         the cache has room for; and whether any row has fewer keys than the longest."""
-        self.lengths, self.longest, self.hidden_keys = lengths, longest, None
+        self.lengths, self.longest, self.masked_keys = lengths, longest, None
         if self.varlen:
             self.key_starts = self.row_numbers * capacity  # of every row in the flattened cache
         elif ragged:
             tokens = torch.arange(longest, device=lengths.device)
-            self.hidden_keys = tokens >= lengths[:, None, None, None]  # [R, 1, 1, longest]
+            self.masked_keys = tokens >= lengths[:, None, None, None]  # [R, 1, 1, longest]
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """q [B, H, d], keys and values [R, C, K, d]. Returns the outputs [B, H, d] and the
@@ -1183,23 +1183,23 @@ class CachedAttention:
         keys, values = keys[:, : self.longest], values[:, : self.longest]
         if self.same_counts:
             queries = q.unflatten(0, (-1, self.max_queries))  # [R, max_queries, H, d]
-            out, lse = plain_attention(queries, keys, values, self.hidden_keys)
+            out, lse = plain_attention(queries, keys, values, self.masked_keys)
             return out.flatten(0, 1), lse.flatten(0, 1)
-        out, lse = plain_attention(q[self.members], keys, values, self.hidden_keys)
+        out, lse = plain_attention(q[self.members], keys, values, self.masked_keys)
         return out[self.row_of, self.slot_of], lse[self.row_of, self.slot_of]
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, hidden_keys: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, masked_keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k / sqrt(d)) v, written out, in float32: queries [R, Q, H, d] attend to keys and
-    values [R, t, K, d], but not where hidden_keys [R, 1, 1, t] -> [R, Q, H, d] in q's type, and the
+    values [R, t, K, d], but not where masked_keys [R, 1, 1, t] -> [R, Q, H, d] in q's type, and the
     logarithm of the normalisers [R, Q, H], float32."""
     k, v = k.transpose(1, 2).float(), v.transpose(1, 2).float()  # [R, K, t, d]
     groups = q.unflatten(2, (k.shape[1], -1)).transpose(1, 2)  # [R, K, Q, H / K, d]
     scores = (groups.flatten(2, 3).float() * q.shape[-1] ** -0.5) @ k.mT  # [R, K, Q * H / K, t]
-    if hidden_keys is not None:
-        scores = scores.masked_fill_(hidden_keys, float("-inf"))
+    if masked_keys is not None:
+        scores = scores.masked_fill_(masked_keys, float("-inf"))
     out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
     out, lse = (x.unflatten(2, groups.shape[2:4]).transpose(1, 2).flatten(2, 3) for x in (out, lse))
     return out.to(q.dtype), lse

@@ -14,7 +14,7 @@ a stage that has ended is not run again, unless its command, the code, or a stag
 another one than then. The settings below were chosen on the validation split of seed 100, the
 share of recaps in a study of seeds 3 to 5, 21 and 22; none of these is in the tables.
 
-    python tests/ablations.py                                    # all of it: an estimated 2.5 hours
+    python tests/ablations.py                                    # all of it: 2 h 45 min
     python tests/ablations.py --seeds 1 --only control grpo eco  # what demo.sh runs: 10 minutes
     python tests/ablations.py --tables                           # of what has ended: runs nothing
 """
@@ -82,6 +82,7 @@ POOLS = {  # RL sets, made of the same mined outputs: what is added to the setti
     "rl": "",
     "rl-random": "--random-share 1",
     "rl-paper": "--max-correct 0 --random-share 0",  # wrong every time, and all image rows
+    "rl-hard": "--random-share 0 --no-keep-images",  # wrong at least once, and no other rows
     "rl-unjoined": "--augmented-share 0",
 }
 
@@ -121,12 +122,15 @@ VARIANTS = [
     Variant("beta-half", LENGTH_TERM, fork=True),
     Variant("accuracy-only", LENGTH_TERM, fork=True),
     Variant("labels-only", REASONING_HELPS, "sft.py", BASE, TRAIN, fork=True, against="sft"),
-    # As many epochs as "sft", not as many steps.
+    # As many epochs as "sft"; sft-third has as many steps as they.
     Variant("sft-text", MODALITIES, "sft.py", BASE, f"{TRAIN}-text", against="sft"),
     Variant("sft-image", MODALITIES, "sft.py", BASE, f"{TRAIN}-image", against="sft"),
     Variant("sft-text-image", MODALITIES, "sft.py", BASE, f"{TRAIN}-text_image", against="sft"),
+    Variant("sft-third", MODALITIES, "sft.py", BASE, TRAIN, "--epochs 3.333", against="sft"),
     Variant("random-rows", HARD_ROWS_MATTER, data="rl-random"),
     Variant("paper-pool", HARD_ROWS_MATTER, data="rl-paper"),
+    # Some 500 rows, and 125 joined ones: two epochs are as many steps as one of the others.
+    Variant("hard-rows", HARD_ROWS_MATTER, data="rl-hard", flags="--epochs 2"),
     Variant("unjoined", JOINING_HELPS, data="rl-unjoined"),
     Variant("clip-linear", CLIP_HELPS, flags="--clip-schedule linear"),
     Variant("clip-constant", CLIP_HELPS, flags="--clip-schedule constant"),

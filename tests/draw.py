@@ -47,7 +47,6 @@ PANELS = (
 )
 README_PANELS = (
     Panel("Reward", ("reward",)),
-    Panel("Right verdicts about the request (share)", ("request_accuracy",)),
     Panel("Held-out F1 (%)", ("val_f1",)),
     Panel("Tokens per output", ("tokens",)),
 )
