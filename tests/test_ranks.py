@@ -318,9 +318,10 @@ def test_a_rank_ends_also_when_nobody_reads_its_output(monkeypatch):
 
 
 HANGING = """# A stage that hangs at its sixth output.
-import importlib, pathlib, sys, time
+import importlib, pathlib, signal, sys, time
 import data, evaluate
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job that a script has put into the background
 evaluate.PACK_TOKENS = 1  # no output waits for others
 decode, seen = data.Encoder.decode, []
 
