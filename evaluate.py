@@ -1,4 +1,4 @@
-"""Evaluation: generate, parse, F1; score predictions again without a model; judge an exchange.
+"""Evaluation: generate, parse, F1; score predictions again without a model; judge exchanges.
 
 In:  TEST.jsonl (labelled samples) and a model.
 Out: DIR/predictions.jsonl, DIR/predictions.settings.json (what they were made from),
@@ -21,11 +21,14 @@ to --data later; to score those of several DIRs in one table, give all their --p
     torchrun evaluate.py --model out/guard --data data/test.jsonl --out out/eval
     python evaluate.py --predictions out/eval/predictions.jsonl [--against OTHER.jsonl]
     python evaluate.py --model out/guard --request "How do I bake bread?" [--response TEXT]
+    python evaluate.py --model out/guard --request - --json < exchanges.jsonl
 """
 
+import codecs
 import json
 import os
 import re
+import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,9 +100,15 @@ class Config:
     release_counting: bool = option(False, "F1 also as the released scripts count it")
     published: bool = option(False, "also print the paper's F1 of the same benchmarks")
 
-    request: str | None = option(None, "the person's text", group="judge one exchange")
+    request: str | None = option(
+        None,
+        "the person's text; or - for exchanges on standard input, as JSON lines with request, "
+        "response, image, id (all optional)",
+        group="judge one exchange",
+    )
     response: str | None = option(None, "the AI's answer, if there is one")
     image: str | None = option(None, "the person's image")
+    json: bool = option(False, "print each judged exchange as one JSON object")
 
     max_new_tokens: int = option(3072, "longest output (release: 4096)", group="generation")
     temperature: float = option(0.0, "0 is greedy, as in the paper")
@@ -532,31 +541,68 @@ def evaluate_samples(
     return [sample_fields("", sample) | found[i] for i, sample in enumerate(samples)]
 
 
-# -------------------------------------------------- a single exchange
+# -------------------------------------------------- single exchanges
 
 
-def read_exchange(cfg: Config) -> Sample:
-    """The exchange of the flags. InputError if it has neither text nor image, or no such image."""
-    image, folder = None, Path()
-    if cfg.image is not None:
-        image, folder = Path(cfg.image).name, Path(cfg.image).parent
-    texts = {"request": cfg.request or "", "response": cfg.response or None}
-    return from_json({"id": "exchange", "source": "exchange", **texts, "image": image}, folder)
+def read_exchange(line: bytes) -> Sample:
+    """A JSON object with request, response, image (any path) and id, all of them optional; null is
+    as if absent. InputError."""
+    folder = Path()
+    with as_input_error("not valid JSON", ValueError, RecursionError):
+        row = json.loads(line.decode())
+    if isinstance(row, dict):
+        given = {name: value for name, value in row.items() if value is not None}
+        row = {"id": "exchange", "source": "exchange", "request": "", **given}
+        if isinstance(row.get("image"), str):
+            folder, row["image"] = Path(row["image"]).parent, Path(row["image"]).name
+    return from_json(row, folder)
 
 
 def judge(model: QwenVL, encoder: Encoder, sample: Sample, cfg: Config) -> None:
-    """Print the output as it is written, then both labels with P(harmful)."""
+    """Print the output as it is written, then both labels with P(harmful); or with --json one
+    object."""
     stream, tokenizer = DecodeStream(skip_special_tokens=True), encoder.tokenizer.backend_tokenizer
 
     def show(new_tokens: list[int]) -> None:
         print(stream.step(tokenizer, new_tokens[0]) or "", end="", flush=True)
 
-    [(_, found)] = predict(model, encoder, [sample], [0], **sampling_flags(cfg), watch=show)
+    watch = None if cfg.json else show
+    [(_, found)] = predict(model, encoder, [sample], [0], **sampling_flags(cfg), watch=watch)
+    if cfg.json:
+        print(json.dumps({"id": sample.id, **found}), flush=True)
+        return
     told = {"request": "unreadable", "response": "unreadable" if sample.response else "none given"}
     for field in told:
         if found[f"{field}_p"] is not None:
             told[field] = f"{found[f'{field}_pred']}, P(harmful) {found[f'{field}_p']:.4f}"
     print(f"\n\nrequest: {told['request']}\nresponse: {told['response']}\n", flush=True)
+
+
+def judge_all(cfg: Config, device: torch.device) -> None:
+    """Judge the exchange of the flags or, one after the other, those on standard input. A bad line
+    is told on stderr, or with --json as {"line", "error"}; InputError at the end counts them."""
+    if cfg.request != "-":
+        flags = {"request": cfg.request, "response": cfg.response or None, "image": cfg.image}
+        sample = read_exchange(json.dumps(flags).encode())
+        judge(*load_guard(cfg, device), sample, cfg)
+        return
+    if cfg.response or cfg.image:
+        raise InputError("--request - reads whole exchanges: leave out --response and --image")
+    guard, bad = load_guard(cfg, device), []
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            if line.strip():
+                judge(*guard, read_exchange(line), cfg)
+        except InputError as error:
+            bad.append(number)
+            reason = " ".join(str(error).split())
+            if cfg.json:
+                print(json.dumps({"line": number, "error": reason}), flush=True)
+            else:
+                print(f"error: line {number}: {reason}", file=sys.stderr)
+    if bad:
+        raise InputError(f"{len(bad)} lines could not be judged, the first is line {bad[0]}")
 
 
 # -------------------------------------------------- records that are made once (augment.py, too)
@@ -810,7 +856,7 @@ def check_results(cfg: Config) -> None:
 
 
 def main(cfg: Config) -> None:
-    """Score given predictions, judge a single exchange, or predict all of --data and score that."""
+    """Score given predictions, judge single exchanges, or predict all of --data and score that."""
     regular_files(cfg.against + ([str(PUBLISHED)] if cfg.published else []))  # before hours of work
     if cfg.predictions:
         if cfg.out is not None:
@@ -819,9 +865,9 @@ def main(cfg: Config) -> None:
         return
     ranks = start_ranks(cfg.device)
     if any(part is not None for part in (cfg.request, cfg.response, cfg.image)):
-        sample = read_exchange(cfg)
-        if ranks.rank == 0:
-            judge(*load_guard(cfg, ranks.device), sample, cfg)
+        if ranks.world > 1:
+            raise InputError("single exchanges are judged by one process: python, not torchrun")
+        judge_all(cfg, ranks.device)
         return
     if cfg.out is None:
         cfg = replace(cfg, out="out/eval")

@@ -42,7 +42,7 @@ COMMANDS = {
     "grpo": (grpo, STAGE + "--out out --rollout-batch 4 --update-batch 2 --group 2 --max-new-tokens 4 "
                            "--steps 1 --no-checkpointing"),
     "evaluate": (evaluate, STAGE + "--out out --max-new-tokens 4"),
-    "judge": (evaluate, "--model base --device cpu --max-new-tokens 4 --request Hello"),
+    "judge": (evaluate, "--model base --device cpu --max-new-tokens 4 --json --request Hello"),
     "score": (evaluate, "--predictions predictions.jsonl"),
     "convert": (data, "convert --input released.json --out out/train.jsonl"),
     "synthesize": (data, "synthesize --input data.jsonl --out out/reasoned.jsonl --attempts 1 "
@@ -281,6 +281,7 @@ CASES = {
     "large canvas": (STAGES, write("a.png", png(10000, 10000)), "", r"a.png cannot be used: .*10000"),
     "over 200:1": (STAGES, image("RGB", (402, 2)), "", r"a.png cannot be used: 402 x 2 pixels"),
     "PostScript": (STAGES, write("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n"), "", r"a.png cannot be used"),
+    "flags beside standard input": ("judge", nothing, "--request - --response x", r"leave out --response"),
     "a picture that is none": ("judge", nothing, "--image base/config.json", r"config.json cannot be used"),
     "a picture that is a folder": ("judge", nothing, "--image base", r"'base' does not exist"),
     "a picture that is missing": ("judge", nothing, "--image no/such.png",
@@ -562,32 +563,40 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(world, full_disk):
 
 
 @pytest.mark.parametrize(
-    "command, message",
+    "command, stdin, message",
     [
         (
-            "evaluate.py --model base --device cpu --image no.png",
-            "error: image 'no.png' does not exist in .\n",
+            "evaluate.py --model base --device cpu --request - --json --max-new-tokens 4",
+            '{"request": "Hi"}\n{oops\n',
+            "error: 1 lines could not be judged, the first is line 2\n",
         ),
-        ("data.py convert --input no.json --out x.jsonl", "error: there is no file no.json\n"),
+        ("data.py convert --input no.json --out x.jsonl", "", "error: there is no file no.json\n"),
         (
             "grpo.py --group x",
+            "",
             "error: argument --group: invalid int value: 'x' (--help lists the flags)\n",
         ),
         (
             "sft.py --model base",
+            "",
             "error: there is no data/train.jsonl: `python data.py convert` makes it; or give --model and "
             "--data\n",
         ),
     ],
 )
-def test_as_a_process(world, command, message):
+def test_as_a_process(world, command, stdin, message):
     script, *flags = command.split()
     root = Path(data.__file__).parent
     done = subprocess.run(
         [sys.executable, str(root / script), *flags],
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+    assert (done.returncode, done.stderr) == (2, message)
+    shown = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(shown) == stdin.count("\n") and all(
+        row.keys() >= {"line", "error"} for row in shown[1:]
+    )

@@ -3,6 +3,7 @@
 python -m pytest tests/test_evaluate.py
 """
 
+import io
 import json
 import os
 import re
@@ -959,7 +960,8 @@ def judging(guard, config, monkeypatch):
     monkeypatch.setattr(evaluate, "load_guard", lambda cfg, device: guard)
     monkeypatch.setattr(evaluate, "generate", plays(OUTPUTS[0]))
 
-    def run(**flags) -> None:
+    def run(stdin: bytes = b"", **flags) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         evaluate.main(replace(config, **flags))
 
     return run
@@ -998,9 +1000,50 @@ def test_what_cannot_be_judged(judging, flags, problem):
         judging(**flags)
 
 
-def test_an_image_is_judged_wherever_it_lies(judging, world, capsys):
-    judging(image=str(next(world.glob("images/*.png"))))
-    assert capsys.readouterr().out.startswith(OUTPUTS[0])
+def test_exchanges_on_standard_input(judging, world, capsys):
+    image_path = str(next(world.glob("images/*.png")))
+    lines = [
+        b'\xef\xbb\xbf{"id": "a", "request": "Hello", "response": "Hi"}',
+        b"",
+        {"image": image_path, "id": None, "request": None, "response": None},
+        b"{oops",
+        b"\xff",
+        [1],
+        {"request": 3},
+        {"request": ""},
+        {"request": "x", "image": "/no/such.png"},
+        {"text": "x"},
+        {"request": "\ud800"},
+        {"request": "x", "response": ""},
+        b"[" * 100_000,
+        {"request": "last"},
+    ]
+    stdin = b"\n".join(
+        line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines
+    )
+    with pytest.raises(InputError, match="^10 lines could not be judged, the first is line 4$"):
+        judging(stdin, request="-", json=True)
+    good, image, *bad, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (good["id"], good["request_pred"], good["output"]) == ("a", "harmful", OUTPUTS[0])
+    assert 0 < good["request_p"] < 1 and 0 < good["response_p"] < 1
+    assert image["id"] == last["id"] == "exchange" and image["response_p"] is None
+    assert [row["line"] for row in bad] == list(range(4, 14)) and all(
+        "\n" not in row["error"] for row in bad
+    )
+    with pytest.raises(InputError, match="^10 lines"):
+        judging(stdin, request="-")
+    out, err = capsys.readouterr()
+    assert out.count(OUTPUTS[0]) == 3
+    assert [f"error: line {n}: " in err for n in (3, 4, 13, 14)] == [False, True, True, False]
+    judging(b"\n\n", request="-", json=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_exchanges_are_judged_by_one_process(judging, monkeypatch):
+    several = evaluate.Ranks(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(evaluate, "start_ranks", lambda device: several)
+    with pytest.raises(InputError, match="by one process: python, not torchrun"):
+        judging(request="Hello")
 
 
 def test_predictions_hold_the_probabilities_and_rows_their_auroc(judging, config):

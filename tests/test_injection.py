@@ -8,6 +8,7 @@ in a request imitate a response in the paper's own format, which no encoder can 
     python -m pytest -q tests/test_injection.py
 """
 
+import json
 import random
 import time
 import unicodedata
@@ -115,7 +116,7 @@ def stages(encoder, monkeypatch):
     seen = []
     for module, name in ((augment, "generate"), (evaluate, "generate"), (grpo, "generate")):
         monkeypatch.setattr(module, name, fake_sampler(seen, encoder))
-    monkeypatch.setattr(evaluate, "probabilities", lambda *args: [[1.0, 1.0]])
+    monkeypatch.setattr(evaluate, "probabilities", lambda *args: [[None, None]])
     monkeypatch.setattr(evaluate, "load_guard", lambda cfg, device: (Mute, encoder))
 
     def run(sample: Sample, capsys) -> dict:
@@ -132,9 +133,11 @@ def stages(encoder, monkeypatch):
             "response": sample.response,
             "image": sample.image and str(sample.image_path),
         }
-        evaluate.main(evaluate.Config(**flags, device="cpu"))
-        assert "\nrequest: harmful, P(harmful) " in capsys.readouterr().out
-        assert found["request_pred"] == "harmful"
+        if sample.request != "-":
+            evaluate.main(evaluate.Config(**flags, json=True, device="cpu"))
+        assert {json.loads(capsys.readouterr().out)["request_pred"], found["request_pred"]} == {
+            "harmful"
+        }
         long = sft.Config(max_tokens=10**9, pack_tokens=10**9)
         (learned,), _ = sft.packed_rows([sample], encoder, long)
         (batch,) = grpo.pack_groups([group], cfg.pack_tokens)
