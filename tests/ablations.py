@@ -15,7 +15,7 @@ another one than then. The settings below were chosen on the validation split of
 share of recaps in a study of seeds 3 to 5, 21 and 22; none of these is in the tables.
 
     python tests/ablations.py                                    # all of it: 2 h 45 min
-    python tests/ablations.py --seeds 1 --only control grpo eco  # what demo.sh runs: 10 minutes
+    python tests/ablations.py --seeds 1 --only control grpo eco  # what demo.sh runs: 11 minutes
     python tests/ablations.py --tables                           # of what has ended: runs nothing
 """
 
