@@ -96,9 +96,7 @@ def test_the_whole_method(tmp_path):
 
     # ---- The prompt and its four completions are one row, in which the prompt stands once.
     prompt = encoder.prompt(samples[0])
-    stop = encoder.stop_ids[
-        0
-    ]  # <|im_end|>, a token like the others: that an output ends is learned
+    stop = encoder.stop_ids[0]  # <|im_end|>: that an output ends is learned like all the rest
     ids = [[*encoder.tokenizer.encode(output), stop] for output in outputs]
     completions = [qwen.Completion(made, torch.zeros(len(made)), True) for made in ids]
     group = grpo.Group(0, samples[0], prompt, completions, outputs, rewards, advantages)

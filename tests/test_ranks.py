@@ -8,19 +8,20 @@ process group.
 """
 
 import itertools
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import toy
-from test_sft import ROOT, flags
+from test_sft import ROOT, flags, metrics, same, weights
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -315,6 +316,101 @@ def test_a_rank_ends_also_when_nobody_reads_its_output(monkeypatch):
 
 
 # ---- signals
+
+
+@pytest.mark.parametrize(
+    "stage, number, status", [("sft", signal.SIGTERM, 143), ("grpo", signal.SIGINT, 130)]
+)
+def test_a_signal_ends_the_step_and_the_same_command_goes_on(
+    config, monkeypatch, stage, number, status
+):
+    whole, stopped = config(stage, "whole"), config(stage, "stopped")
+    STAGES[stage].main(whole)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        log = sft.Run.log
+        patch.setattr(
+            sft.Run, "log", lambda *arguments: (log(*arguments), os.kill(os.getpid(), number))
+        )
+        STAGES[stage].main(stopped)
+    assert end.value.code == status and [line["step"] for line in metrics(stopped.out)] == [1]
+    assert [path.name for path in Path(stopped.out, "checkpoints").iterdir()] == ["step-000001"]
+    assert not Path(stopped.out, "model.safetensors").exists()
+    STAGES[stage].main(stopped)
+    assert metrics(stopped.out) == metrics(whole.out) and len(metrics(whole.out)) == 3
+    assert same(weights(stopped.out), weights(whole.out))
+
+
+def test_a_second_signal_ends_at_once_and_a_repeated_one_does_not(monkeypatch):
+    now, ended = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with sft.StopSignal(qwen.Ranks(0, 1, torch.device("cpu"))) as stop:
+        assert stop.agreed() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and by way of torchrun
+        assert stop.agreed() == signal.SIGTERM and not ended
+        now[0] += 10
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended == [130]
+
+
+def test_signals_do_what_they_did_when_the_steps_are_done_or_fail(config, monkeypatch):
+    usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    sft.main(config(steps=1))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == usual
+    monkeypatch.setattr(sft, "sft_loss", lambda *inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sft.main(config(steps=1, fresh=True))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == usual
+
+
+ONE_SIGNAL = """# A run that is never stopped, and one that is stopped by a signal to rank 1 alone and goes on.
+import functools, json, os, signal, sys
+import sft
+
+sft.start_ranks = functools.cache(sft.start_ranks)  # a process joins its group once
+whole, stopped = [sft.Config(**fields) for fields in json.loads(sys.argv[1])]
+sft.main(whole)
+log = sft.Run.log
+
+def log_and_signal(self, *arguments):
+    log(self, *arguments)
+    if self.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+sft.Run.log = log_and_signal
+try:
+    sft.main(stopped)
+except SystemExit as end:
+    print(f"rank {os.environ['RANK']} ends with {end.code}", flush=True)
+sft.Run.log = log
+sft.main(stopped)
+"""
+
+
+def test_all_ranks_stop_after_the_same_step(config, tmp_path):
+    (tmp_path / "stopping.py").write_text(ONE_SIGNAL)
+    whole, stopped = config(name="whole"), config(name="stopped")
+    arguments = json.dumps([asdict(cfg) for cfg in (whole, stopped)])
+    assert wait(launch(tmp_path, 2, "stopping.py", arguments), 150) == 0
+    said = (tmp_path / "log").read_text()
+    assert "rank 0 ends with 143" in said and "rank 1 ends with 143" in said
+    assert metrics(stopped.out) == metrics(whole.out) and len(metrics(whole.out)) == 3
+    assert same(weights(stopped.out), weights(whole.out))
+
+
+def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(config, tmp_path):
+    cfg = config("grpo", epochs=1000)
+    process = launch(tmp_path, 2, str(ROOT / "grpo.py"), *flags(cfg))
+    log = Path(cfg.out, "metrics.jsonl")
+    began = time.monotonic()
+    while not log.exists() and time.monotonic() < began + 120:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert wait(process, 120) == 1  # torchrun's own status
+    *_, checkpoint = sorted(Path(cfg.out, "checkpoints").iterdir())
+    steps = [torch.load(part, weights_only=True)["step"] for part in checkpoint.glob("*.pt")]
+    assert steps == 2 * [metrics(cfg.out)[-1]["step"]]
 
 
 HANGING = """# A stage that hangs at its sixth output.
