@@ -55,8 +55,8 @@ FIRST = 31  # seeds 3 to 7, 21, 22 and 100 have been looked at while the toy wor
 # glibc then keeps large freed blocks: to hand them back costs a page fault per 4 KB when they are
 # needed again, step after step.
 KEEP_FREED = {
-    "MALLOC_TRIM_THRESHOLD_": str(2**31),
-    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**26),
     "MALLOC_MMAP_MAX_": "0",
 }
 START_OF_LINE = "\r\x1b[K"  # on a terminal: back to the first column, and the line is erased

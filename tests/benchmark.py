@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 import toy
 import transformers
+from ablations import KEEP_FREED
 from peers import (
     DTYPES,
     FOLDER,
@@ -66,11 +67,6 @@ import sft
 from data import Encoder, Row, Segment, prefetch
 
 QUICK = bool(os.environ.get("BENCHMARK_QUICK"))
-KEEP_FREED = {
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-    "MALLOC_MMAP_MAX_": "0",
-}
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}  # fixed: left alone, glibc raises it to 32 MB
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "datasets", "accelerate"))

@@ -24,8 +24,8 @@ from evaluate import compute_metrics
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SHOWN = ("f1", "mean_tokens", "seconds")
 PARTS = (
-    "f1_prompt f1_response f1_text f1_image f1_text_image f1_several f1_single format_ok recaps"
-    " repeats"
+    "f1_prompt f1_response f1_text f1_image f1_text_image f1_several f1_single"
+    " format_ok recaps repeats"
 ).split()
 COMPARED = ("f1", "f1_several", "mean_tokens")
 COURSE = ("tokens", "entropy", "clipped")

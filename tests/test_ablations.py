@@ -257,6 +257,11 @@ def test_scores_by_hand(tmp_path):
         "".join(said) + line(hard[1], "harmful", "unharmful")
     )
     found = claims.scores(tmp_path / "predictions.jsonl", 31)
+    again = (
+        (tmp_path / "predictions.jsonl").read_text().replace("fine", "fine\\n3. all of it: fine", 1)
+    )
+    (tmp_path / "again.jsonl").write_text(again)
+    assert found["repeats"] == 0 and claims.scores(tmp_path / "again.jsonl", 31)["repeats"] == 25
     assert found["f1"] == pytest.approx(100 * 6 / 7)  # tp 3, fn 1: 2 * 3 / (2 * 3 + 1)
     assert found["f1_several"] == pytest.approx(100 * 2 / 3)  # tp 1, fn 1
     assert found["f1_single"] == 100 and found["mean_tokens"] == 40

@@ -460,6 +460,7 @@ def test_the_reward_goes_up(world, config):
         ({"clip_schedule": "sudden"}, "choose from product"),
         ({"epochs": 0}, "nothing trains"),
         ({"epochs": 0.4}, "not one step"),
+        ({"eco": True, "floor": 0.2}, "--floor 0.2 is above beta, 0.167"),
     ],
 )
 def test_settings_that_cannot_work(config, fields, message):
@@ -479,6 +480,7 @@ def test_settings_that_cannot_work(config, fields, message):
         ("top-p", "1", True),
         ("top-p", "1.01", False),
         ("floor", "nan", False),
+        ("floor", "0", False),
         ("floor", "1e999", False),
         ("lr", "2", False),
         ("weight-decay", "-0.1", False),

@@ -560,6 +560,14 @@ def halted(stopped):
     return replace(cfg, steps=None)
 
 
+def test_a_run_in_a_moved_folder_goes_on_with_other_intervals(halted, tmp_path):
+    shutil.move(halted.out, tmp_path / "moved")
+    sft.main(replace(halted, out=str(tmp_path / "moved"), save_every=7, eval_every=7))
+    sft.main(replace(halted, fresh=True))
+    assert metrics(tmp_path / "moved") == metrics(halted.out)
+    assert same(weights(str(tmp_path / "moved")), weights(halted.out))
+
+
 def restored(cfg) -> int:
     """The step that the run goes on from."""
     net = qwen.load(cfg.model)

@@ -456,6 +456,14 @@ def test_unusable_answers_are_asked_for_again_at_temperature_1(tmp_path, capfd):
     assert "330 tokens" in capfd.readouterr().out
 
 
+def test_after_a_reply_that_is_no_answer_the_temperature_is_still_0(tmp_path):
+    rows_of(1, tmp_path)
+    faults = ["html", None]
+    with teacher(lambda body: faults.pop(0)) as server:
+        data.synthesize(config(tmp_path, server))
+    assert [body["temperature"] for _, body in server.seen] == [0.0, 0.0]
+
+
 def test_concurrency_is_bounded(tmp_path):
     rows = rows_of(12, tmp_path)
     with teacher(delay=0.05) as server:
