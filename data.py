@@ -1563,8 +1563,7 @@ class SynthesizeRun:
 
     cfg: SynthesizeConfig
     todo: list[Sample]
-    written: set[str] = field(default_factory=set)  # ids
-    rejected: dict[str, dict[str, Any]] = field(default_factory=dict)  # id -> row set aside
+    settled: dict[str, dict[str, Any]] = field(default_factory=dict)  # by id, as of request_row
     failures: int = 0  # rows in a row for which the server had no answer
     tokens: int = 0  # as the server counts them
 
@@ -1581,47 +1580,55 @@ def synthesize(cfg: SynthesizeConfig) -> None:
     have reasoning are copied. The same command again does what is missing or set aside.
     """
     check_output(cfg.out, [cfg.input])
-    check_address(cfg.base_url)
-    samples, out = read_samples([cfg.input], cfg.skip_bad), Path(cfg.out)
+    samples = read_samples([cfg.input], cfg.skip_bad)
     if cfg.dry_run:
         return preview([sample for sample in samples if not sample.reasoning], cfg.model)
-    if not re.fullmatch("[!-~]+", os.environ.get("OPENAI_API_KEY", "")):
-        raise InputError("set OPENAI_API_KEY to the server's key, or to none if it needs none")
-    with lock_output(out):
-        finished = finished_ids(out, samples, cfg)
-        todo = [sample for sample in samples if sample.id not in finished]
-        before = len(samples) - len(todo)
-        if len(finished) > before:
-            print(f"{out} has {len(finished) - before} more rows, of ids not in {cfg.input}")
-        run = SynthesizeRun(cfg, todo)
+    client = open_client(cfg)
+    with lock_output(cfg.out):
+        finished = finished_ids(cfg, samples)
+        run = SynthesizeRun(cfg, [sample for sample in samples if sample.id not in finished])
         try:
-            asyncio.run(run_requests(run))
+            asyncio.run(run_requests(client, run))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            report(run, before)
+            report(run, len(samples) - len(run.todo))
+    reasons = [row["reason"] for row in run.settled.values() if "reason" in row]
     # That rows are refused once more, where others are done, is no error.
-    if todo and not run.written and (run.failures > 0 or before == 0):
-        reason = run.rejected[todo[0].id]["reason"]
-        raise InputError(f"none of {len(todo)} rows asked for is done; the first: {reason}")
+    if reasons and len(reasons) == len(run.todo) and (run.failures > 0 or not finished):
+        raise InputError(f"none of {len(reasons)} rows asked for is done; the first: {reasons[0]}")
 
 
-def check_address(base_url: str | None) -> None:
-    """InputError if the server's address, that of the flag or the environment's, is none."""
-    flag, address = "--base-url", base_url
-    if address is None:  # the client then reads the environment
-        flag = "OPENAI_BASE_URL"
-        address = os.environ.get(flag, "https://api.openai.com/v1")
-    with as_input_error(f"{flag} {address!r} is no address", ValueError):
-        url = urlsplit(address)
-        is_web_address = re.fullmatch("https?://[!-~]+", address, re.IGNORECASE) and url.hostname
-        if not is_web_address or url.port == 0:
-            raise ValueError("want http(s)://HOST[:PORT]/PATH, such as http://localhost:8000/v1")
+def preview(samples: list[Sample], model: str) -> None:
+    """Print the first request, its image abridged, and an estimate for all."""
+    if samples:
+        request = json.dumps(build_request(samples[0], model), indent=2, ensure_ascii=False)
+        print(re.sub(r'(base64,.{40})[^"]+', r"\1...", request))
+    texts = [f"{TEACHER}{sample.request}{sample.response}" for sample in samples]
+    images = sum(sample.image is not None for sample in samples)
+    prompts = sum(len(text.encode()) // 4 for text in texts) + 765 * images  # of GPT-4o, for most
+    answers = 250 * len(samples)
+    print(f"{len(samples)} requests, about {prompts} prompt and {answers} completion tokens")
 
 
-def inputs_path(out: Path) -> Path:
-    """The file that records what the rows of `out` were made from; `*.jsonl` does not match it."""
-    return out.with_name(f"{out.name}.inputs")
+def finished_ids(cfg: SynthesizeConfig, samples: list[Sample]) -> set[str]:
+    """The ids of the rows in --out; a last row that a kill has torn is cut off the file. InputError
+    for a row that OUT.inputs does not list, or whose sample in --input has changed since."""
+    rows = read_records(Path(cfg.out), ("id", "source", "request", "reasoning"), repair=True)
+    records = read_records(Path(f"{cfg.out}.inputs"), ("id", "made_from"), repair=True)
+    made_from = {str(record["id"]): record["made_from"] for record in records}
+    samples_by_id = {sample.id: sample for sample in samples}
+    finished = [str(row["id"]) for row in rows]
+    for id in finished:
+        advice = f"{cfg.out}: remove row {id!r}, or change --out"
+        if not isinstance(made_from.get(id), dict):
+            raise InputError(f"{advice}: {cfg.out}.inputs does not say what it was made from")
+        if id in samples_by_id:
+            now = sample_digests(samples_by_id[id], cfg.model)
+            changed = ", ".join(changed_inputs(made_from[id], now))
+            if changed:
+                raise InputError(f"{advice}: since it was made, {changed} changed in {cfg.input}")
+    return set(finished)
 
 
 def sample_digests(sample: Sample, model: str) -> dict[str, str]:
@@ -1638,102 +1645,10 @@ def sample_digests(sample: Sample, model: str) -> dict[str, str]:
     }
 
 
-def finished_ids(out: Path, samples: list[Sample], cfg: SynthesizeConfig) -> set[str]:
-    """The ids of the rows in `out`; a last row that a kill has torn is cut off the file. InputError
-    if something else is in it, an id twice, or a row whose sample in --input changed."""
-    rows = read_records(out, ("id", "source", "request", "reasoning"), repair=True)
-    records = read_records(inputs_path(out), ("id", "made_from"), repair=True)
-    made_from = {str(record["id"]): record["made_from"] for record in records}
-    samples_by_id = {sample.id: sample for sample in samples}
-    finished = set()
-    for row in rows:
-        with as_input_error(f"{out}: remove row {row['id']!r}, or change --out", InputError):
-            id = from_json(row, out.parent).id
-            if not row["reasoning"]:
-                raise InputError("it has no reasoning")
-            if id in finished:
-                raise InputError("it is there twice")
-            finished.add(id)
-            if id not in samples_by_id:
-                continue
-            if not isinstance(made_from.get(id), dict):
-                raise InputError(f"{inputs_path(out)} does not say what it was made from")
-            now = sample_digests(samples_by_id[id], cfg.model)
-            if changed := changed_inputs(made_from[id], now):
-                raise InputError(f"since it was made, {', '.join(changed)} changed in {cfg.input}")
-    return finished
-
-
-def report(run: SynthesizeRun, before: int) -> None:
-    """List the rows set aside, and print where every row of the input is: `before` in --out."""
-    out, set_aside = run.cfg.out, list(run.rejected.values())
-    listed = write_rejected(out, "synthesize", set_aside)
-    settled = run.written | run.rejected.keys()
-    missing = [sample.id for sample in run.todo if sample.id not in settled]
-    print(
-        f"{before + len(run.todo)} rows = {before} in {out} before + {len(run.written)} now + "
-        f"{len(set_aside)} set aside in {listed} + {len(missing)} missing; {run.tokens} tokens"
-    )
-    if missing:
-        print(f"missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}")
-
-
-def build_request(sample: Sample, model: str, temperature: float = 0.0) -> dict[str, Any]:
-    """A chat completion request, as a JSON object: the guard's user text, with <image> in it, then
-    the image, scaled down to fit 1024 x 1024. InputError if the image cannot be decoded."""
-    undecided = f"{reward.HARMFUL} or {reward.UNHARMFUL}"
-    request_label = sample.request_label or undecided
-    response_label = None
-    if sample.response is not None:
-        response_label = sample.response_label or undecided
-    system = TEACHER.format(request_label, response_label)
-    content = "<image>".join(user_text(sample))
-    if sample.image is not None:
-        image, file = open_image(sample.image_path), io.BytesIO()
-        image.thumbnail((1024, 1024))
-        image.save(file, "JPEG", quality=95)
-        url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-        image_part = {"type": "image_url", "image_url": {"url": url}}
-        content = [{"type": "text", "text": content}, image_part]
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-    return {"model": model, "temperature": temperature, "messages": messages}
-
-
-def preview(samples: list[Sample], model: str) -> None:
-    """Print the first request, its image abridged, and an estimate for all."""
-    if samples:
-        request = json.dumps(build_request(samples[0], model), indent=2, ensure_ascii=False)
-        print(re.sub(r'(base64,.{40})[^"]+', r"\1...", request))
-    texts = [f"{TEACHER}{sample.request}{sample.response}" for sample in samples]
-    images = sum(sample.image is not None for sample in samples)
-    prompts = sum(len(text.encode()) // 4 for text in texts) + 765 * images  # of GPT-4o, for most
-    answers = 250 * len(samples)
-    print(f"{len(samples)} requests, about {prompts} prompt and {answers} completion tokens")
-
-
-def validate_answer(sample: Sample, answer: str) -> dict[str, Any]:
-    """The sample's row with an answer's reasoning and labels. InputError if the answer is unfit."""
-    verdict = reward.parse(answer)
-    if not verdict.format_ok or not re.search(r"\bStep 1\b", verdict.reasoning):
-        raise InputError("format: want a think block in numbered steps, then both labels")
-    response_label = reward.UNHARMFUL if sample.response is None else sample.response_label
-    known_labels = (sample.request_label, response_label)
-    labels = (verdict.request, verdict.response)
-    if any(known not in (None, label) for known, label in zip(known_labels, labels)):
-        raise InputError(f"labels: {labels} in place of {known_labels}")
-    exchange = f"{sample.request}\n{sample.response}".lower()
-    for leak in LEAKS.finditer(verdict.reasoning):
-        if leak[0].lower() not in exchange:  # a quotation gives nothing away
-            raise InputError(f"leak: {leak[0]!r}")
-    row = to_json(sample) | {"reasoning": verdict.reasoning, "request_label": verdict.request}
-    if sample.response is not None:
-        row["response_label"] = verdict.response
-    return row
-
-
-async def run_requests(run: SynthesizeRun) -> None:
+async def run_requests(client: Any, run: SynthesizeRun) -> None:
     """Ask for `concurrency` rows at a time; each is written, or set aside, at once."""
     out = Path(run.cfg.out)
+    queue = iter(progress(run.todo, len(run.todo), "samples"))
 
     async def work() -> None:
         """One worker: a row at a time, from the queue that all workers share."""
@@ -1742,63 +1657,17 @@ async def run_requests(run: SynthesizeRun) -> None:
             row = to_json(sample)
             if not sample.reasoning:
                 row = await request_row(client, sample, run)
-            if "reason" in row:
-                run.rejected[sample.id] = row
-                continue
-            if sample.image is not None:
-                row["image"] = place_image(sample.image, sample.folder, out.parent)
-            # In this order, so that after a kill no row is without its record.
-            append_records(inputs_path(out), [{"id": sample.id, "made_from": made_from}])
-            append_records(out, [row])
-            run.written.add(sample.id)
+            if "reason" not in row:
+                if sample.image is not None:
+                    row["image"] = place_image(sample.image, sample.folder, out.parent)
+                # In this order, so that after a kill no row is without its record.
+                append_records(Path(f"{out}.inputs"), [{"id": sample.id, "made_from": made_from}])
+                append_records(out, [row])
+            run.settled[sample.id] = row
 
-    queue = iter(progress(run.todo, len(run.todo), "samples"))
-    async with open_client(run.cfg) as client, asyncio.TaskGroup() as workers:
+    async with client, asyncio.TaskGroup() as workers:
         for _ in range(run.cfg.concurrency):
             workers.create_task(work())  # an error in one ends all
-
-
-def open_client(cfg: SynthesizeConfig) -> Any:
-    """An AsyncOpenAI that tries again after 429, 5xx and lost connections, as Retry-After says.
-
-    ServerError if a whole reply takes over cfg.timeout seconds, however steadily its bytes drip.
-    """
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-    class BoundedClient(DefaultAsyncHttpxClient):
-        async def send(self, request: Any, **options: Any) -> Any:
-            """The reply, read as a stream, so that its bytes and seconds can be counted."""
-            try:
-                async with asyncio.timeout(cfg.timeout):
-                    response = await super().send(request, **options | {"stream": True})
-                    async with aclosing(response):
-                        content = await read_reply(response)
-            except TimeoutError as error:
-                raise ServerError(f"no whole reply in {cfg.timeout:g} seconds") from error
-            headers = {**response.headers, "content-encoding": "identity"}  # as it is by now
-            status = response.status_code
-            return type(response)(status, headers=headers, content=content, request=request)
-
-    return AsyncOpenAI(
-        base_url=cfg.base_url,
-        max_retries=cfg.attempts - 1,
-        timeout=cfg.timeout,
-        http_client=BoundedClient(),
-        default_headers={"Accept-Encoding": "gzip"},
-    )
-
-
-async def read_reply(response: Any) -> bytes:
-    """The body of an HTTP response, decompressed. ServerError if it is longer than MAX_REPLY."""
-    encoding = response.headers.get("content-encoding", "identity").lower()
-    if encoding not in ("identity", "gzip"):
-        raise ServerError(f"the reply is encoded as {encoding!r}, not as gzip")
-    content = b""
-    async for piece in response.aiter_bytes():
-        content += piece
-        if len(content) > MAX_REPLY:
-            raise ServerError(f"the reply has more than {MAX_REPLY} bytes")
-    return content
 
 
 async def request_row(client: Any, sample: Sample, run: SynthesizeRun) -> dict[str, Any]:
@@ -1821,22 +1690,82 @@ async def request_row(client: Any, sample: Sample, run: SynthesizeRun) -> dict[s
             run.tokens += tokens
             run.failures = 0
             return validate_answer(sample, output)
-        except ServerError as error:
-            reason, failed = f"{client.base_url}: {error}", True
         except InputError as error:
-            reason, failed = str(error), False
+            reason, failed = str(error), isinstance(error, ServerError)
+        except TimeoutError:
+            reason, failed = f"no whole reply in {run.cfg.timeout:g} seconds", True
         except OpenAIError as error:
-            reason = f"{client.base_url}: {type(error).__name__}: {error} {error.__cause__ or ''}"
+            reason = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
             explained = isinstance(error, BadRequestError) and isinstance(error.body, dict)
             failed = not explained or error.param in ("model", "temperature")
             break  # the client has tried again where that helps
-    reason = printable(reason, client.api_key)[:300]
     if failed:
         run.failures += 1
+        reason = f"{client.base_url}: {reason}"
+    reason = printable(reason, client.api_key)[:300]
     if run.failures >= MAX_FAILURES:
-        advice = f"{MAX_FAILURES} rows failed in a row: check key, --base-url, --model"
-        raise InputError(f"{reason}; {advice}")
+        raise InputError(f"{reason}; {MAX_FAILURES} rows in a row: check key, --base-url, --model")
     return to_json(sample) | {"reason": reason, "output": output}
+
+
+def build_request(sample: Sample, model: str, temperature: float = 0.0) -> dict[str, Any]:
+    """A chat completion request, as a JSON object: the guard's user text, with <image> in it, then
+    the image, scaled down to fit 1024 x 1024. InputError if the image cannot be decoded."""
+    undecided = f"{reward.HARMFUL} or {reward.UNHARMFUL}"
+    response_label = None
+    if sample.response is not None:
+        response_label = sample.response_label or undecided
+    system = TEACHER.format(sample.request_label or undecided, response_label)
+    content = "<image>".join(user_text(sample))
+    if sample.image is not None:
+        image, file = open_image(sample.image_path), io.BytesIO()
+        image.thumbnail((1024, 1024))
+        image.save(file, "JPEG", quality=95)
+        url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        image_part = {"type": "image_url", "image_url": {"url": url}}
+        content = [{"type": "text", "text": content}, image_part]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    return {"model": model, "temperature": temperature, "messages": messages}
+
+
+def open_client(cfg: SynthesizeConfig) -> Any:
+    """An AsyncOpenAI that tries again after 429, 5xx and lost connections, as Retry-After says.
+
+    Its requests raise TimeoutError if the whole reply takes over cfg.timeout seconds, however
+    steadily its bytes drip, and ServerError if it has over MAX_REPLY bytes, decompressed.
+    """
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    class BoundedClient(DefaultAsyncHttpxClient):
+        async def send(self, request: Any, **options: Any) -> Any:
+            """The reply, read as a stream, so that its bytes and seconds can be counted."""
+            content = b""
+            async with asyncio.timeout(cfg.timeout):
+                response = await super().send(request, **options | {"stream": True})
+                async with aclosing(response):
+                    async for piece in response.aiter_bytes():
+                        content += piece
+                        if len(content) > MAX_REPLY:
+                            raise ServerError(f"the reply has more than {MAX_REPLY} bytes")
+            headers = {**response.headers, "content-encoding": "identity"}  # as it is by now
+            status = response.status_code
+            return type(response)(status, headers=headers, content=content, request=request)
+
+    if not re.fullmatch("[!-~]+", os.environ.get("OPENAI_API_KEY", "")):
+        raise InputError("set OPENAI_API_KEY to the server's key, or to none if it needs none")
+    address = cfg.base_url
+    if address is None:
+        address = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
+    with as_input_error(f"--base-url or OPENAI_BASE_URL {address!r} is no address", ValueError):
+        url = urlsplit(address)
+        if not re.fullmatch("(?i)https?://[!-~]+", address) or not url.hostname or url.port == 0:
+            raise ValueError("want one such as http://localhost:8000/v1")
+    return AsyncOpenAI(
+        base_url=address,
+        max_retries=cfg.attempts - 1,
+        timeout=cfg.timeout,
+        http_client=BoundedClient(),
+    )
 
 
 def read_completion(content: bytes) -> tuple[str, int]:
@@ -1847,19 +1776,18 @@ def read_completion(content: bytes) -> tuple[str, int]:
     shown = content[:200].decode(errors="replace")
     try:
         reply = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ServerError(f"the reply is not JSON: {shown!r}") from error
-    try:
         text = reply["choices"][0]["message"].get("content")
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ServerError(f"the reply holds no choice with a message: {shown}") from error
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ServerError(f"the reply is no chat completion: {shown}") from error
     if text is None:  # an output filter, or a refusal
         raise InputError(f"the teacher gave no text: {shown}")
     if not isinstance(text, str):
-        raise ServerError(f"the reply's content is a {type(text).__name__}, not text: {shown}")
-    usage = reply.get("usage")
-    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return text, tokens if type(tokens) is int and tokens >= 0 else 0
+        raise ServerError(f"the reply's content is no text: {shown}")
+    try:
+        tokens = max(0, reply["usage"]["total_tokens"])
+    except (LookupError, TypeError):  # no reason to lose the text
+        tokens = 0
+    return text, tokens
 
 
 def printable(text: str, key: str) -> str:
@@ -1868,6 +1796,43 @@ def printable(text: str, key: str) -> str:
     if len(key) >= 8:  # a shorter one, as `none`, is a word
         text = text.replace(key, "[key]")
     return text
+
+
+def validate_answer(sample: Sample, answer: str) -> dict[str, Any]:
+    """The sample's row with an answer's reasoning and labels. InputError if the answer is unfit."""
+    verdict = reward.parse(answer)
+    if not verdict.format_ok or not re.search(r"\bStep 1\b", verdict.reasoning):
+        raise InputError("format: want a think block in numbered steps, then both labels")
+    response_label = reward.UNHARMFUL if sample.response is None else sample.response_label
+    request_fits = sample.request_label in (None, verdict.request)
+    response_fits = response_label in (None, verdict.response)
+    if not (request_fits and response_fits):
+        labels = (verdict.request, verdict.response)
+        known_labels = (sample.request_label, response_label)
+        raise InputError(f"labels: {labels} in place of {known_labels}")
+    exchange = f"{sample.request}\n{sample.response}".lower()
+    for leak in LEAKS.finditer(verdict.reasoning):
+        if leak[0].lower() not in exchange:  # a quotation gives nothing away
+            raise InputError(f"leak: {leak[0]!r}")
+    row = to_json(sample) | {"reasoning": verdict.reasoning, "request_label": verdict.request}
+    if sample.response is not None:
+        row["response_label"] = verdict.response
+    return row
+
+
+def report(run: SynthesizeRun, before: int) -> None:
+    """List the rows set aside, and print where every row of the input is: `before` in --out."""
+    out = run.cfg.out
+    set_aside = [row for row in run.settled.values() if "reason" in row]
+    missing = [sample.id for sample in run.todo if sample.id not in run.settled]
+    listed = write_rejected(out, "synthesize", set_aside)
+    now = len(run.settled) - len(set_aside)
+    print(
+        f"{before + len(run.todo)} rows = {before} in {out} before + {now} now + "
+        f"{len(set_aside)} set aside in {listed} + {len(missing)} missing; {run.tokens} tokens"
+    )
+    if missing:
+        print(f"missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}")
 
 
 if __name__ == "__main__":

@@ -494,7 +494,7 @@ def test_the_command_with_a_wrong_key(tmp_path, monkeypatch, capfd, key_stays_se
         ("429", "429"),
         ("400", "400"),  # it names the model, which all rows share
         ("500", "500"),
-        ("html", "not JSON: '<html>busy"),
+        ("html", "no chat completion: <html>busy"),
         ("disconnect", "Connection error"),
     ],
 )
@@ -623,7 +623,7 @@ def test_wrong_use(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} "):
             data.synthesize(replace(cfg, **flags))
     monkeypatch.setenv("OPENAI_BASE_URL", "nowhere")
-    with pytest.raises(InputError, match="^OPENAI_BASE_URL 'nowhere' is no address"):
+    with pytest.raises(InputError, match="OPENAI_BASE_URL 'nowhere' is no address"):
         data.synthesize(replace(cfg, base_url=None))
     for key in ("", KEY + "\n", "sk-\u201cquoted\u201d"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -635,7 +635,7 @@ def test_wrong_use(tmp_path, monkeypatch):
 # ---- the same command means the same inputs
 
 
-def test_a_row_counts_as_done_only_if_its_sample_is_unchanged(tmp_path, capfd):
+def test_a_row_counts_as_done_only_if_its_sample_is_unchanged(tmp_path):
     rows = rows_of(4, tmp_path)  # r1: all but a request label, and an image; r3: one label
     with teacher() as server:
         data.synthesize(config(tmp_path, server))
@@ -658,9 +658,7 @@ def test_a_row_counts_as_done_only_if_its_sample_is_unchanged(tmp_path, capfd):
         (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
         with pytest.raises(InputError, match="teacher changed in"):
             data.synthesize(dataclasses.replace(config(tmp_path, server), model="another"))
-        capfd.readouterr()
-        data.synthesize(config(tmp_path, server))
-        assert "has 1 more rows, of ids not in" in capfd.readouterr().out
+        data.synthesize(config(tmp_path, server))  # r3 is in the output alone
         # The same path, another content; a copy of the content elsewhere is the same image.
         (tmp_path / "bag.png").rename(tmp_path / "copy.png")
         Image.new("RGB", (90, 60), "red").save(tmp_path / "bag.png")
@@ -704,7 +702,7 @@ def test_replies_are_bounded_in_bytes_and_seconds(tmp_path):
     bomb = gzip.compress(bytes(10 * data.MAX_REPLY), 1)
     replies = {
         "bag 1": {"text": bomb, "headers": {"Content-Encoding": "gzip"}},
-        "bag 2": {"text": "{}", "headers": {"Content-Encoding": "br"}},
+        "bag 2": {"text": "{}", "headers": {"Content-Encoding": "rot13"}},
         "bag 3": {"text": bytes(data.MAX_REPLY + 1)},
         "bag 4": {"text": "{}", "headers": {"Content-Encoding": "gzip"}},
         "": "drip",
@@ -720,7 +718,7 @@ def test_replies_are_bounded_in_bytes_and_seconds(tmp_path):
     assert bad == {
         "r0": "no whole reply in 0.5 seconds",
         "r1": "the reply has more than 4194304 bytes",
-        "r2": "the reply is encoded as 'br', not as gzip",
+        "r2": "the reply is no chat completion: {}",
         "r3": "the reply has more than 4194304 bytes",
         "r4": "APIConnectionError: Connection error. "
         "Error -3 while decompressing data: incorrect header check",
@@ -745,16 +743,20 @@ def test_a_compressed_answer_and_a_bad_usage_are_no_reason_to_lose_it(tmp_path):
 @pytest.mark.parametrize(
     "reply, kind, reason",
     [
-        ("<html>busy</html>", data.ServerError, "not JSON: '<html>busy</html>'"),
-        ("[" * 10**6, data.ServerError, "not JSON"),
-        ('"a string"', data.ServerError, 'no choice with a message: "a string"'),
-        ('["a"]', data.ServerError, "no choice with a message"),
-        ('{"error": "quota"}', data.ServerError, 'no choice with a message: {"error": "quota"}'),
-        ('{"choices": []}', data.ServerError, "no choice with a message"),
-        ('{"choices": {}}', data.ServerError, "no choice with a message"),
-        ('{"choices": ["a"]}', data.ServerError, "no choice with a message"),
-        ('{"choices": [{"message": [1]}]}', data.ServerError, "no choice with a message"),
-        ('{"choices": [{"message": {"content": ["a"]}}]}', data.ServerError, "content is a list"),
+        ("<html>busy</html>", data.ServerError, "no chat completion: <html>busy</html>"),
+        ("[" * 10**6, data.ServerError, "no chat completion"),
+        ('"a string"', data.ServerError, 'no chat completion: "a string"'),
+        ('["a"]', data.ServerError, "no chat completion"),
+        ('{"error": "quota"}', data.ServerError, 'no chat completion: {"error": "quota"}'),
+        ('{"choices": []}', data.ServerError, "no chat completion"),
+        ('{"choices": {}}', data.ServerError, "no chat completion"),
+        ('{"choices": ["a"]}', data.ServerError, "no chat completion"),
+        ('{"choices": [{"message": [1]}]}', data.ServerError, "no chat completion"),
+        (
+            '{"choices": [{"message": {"content": ["a"]}}]}',
+            data.ServerError,
+            "content is no text: .*a",
+        ),
         ('{"choices": [{"message": {"refusal": "no"}}]}', InputError, "gave no text: .*refusal"),
     ],
 )
