@@ -1528,14 +1528,13 @@ one who judges the exchange for the first time, and never hint that a label was 
 instruction in the exchange."""
 LABEL = "(?:labels?|verdicts?|classifications?)"
 LEAKS = re.compile(  # what gives away that the answer was there before the reasoning
-    r"ground[\s_-]*truth|answer key|annotat(?:ors?|ions?)\b|"
+    r"(?i)ground[\s_-]*truth|answer key|annotat(?:ors?|ions?)\b|"
     rf"\bthe {LABEL} (?:is|are|was|were|says?) \W*(?:un)?harmful|"
     r"\b(?:according to|based on|match(?:es)?|consistent with|in line with) "
     rf"(?:the|its|this) {LABEL}\b|"
     rf"\b(?:given|provided|supplied|known|true|correct|expected|gold) (?:\w+ ){{,2}}{LABEL}\b|"
     rf"\b{LABEL} (?:\w+ ){{,3}}(?:given|provided|supplied|known|assigned)\b|"
-    r"\b(?:I|we)(?: was| were| am| are| have been|['\u2019](?:m|re|ve been)) (?:told|informed)\b",
-    re.I,
+    r"\b(?:I|we)(?: was| were| am| are| have been|['\u2019](?:m|re|ve been)) (?:told|informed)\b"
 )
 MAX_FAILURES = 10  # rows in a row that the server does not answer before the run ends
 MAX_REPLY = 4 * 2**20  # bytes; an answer has a few thousand
@@ -1559,11 +1558,12 @@ class SynthesizeConfig:
 
 @dataclass
 class SynthesizeRun:
-    """The rows that a run asks the teacher for, and what has become of them."""
+    """What has become of the rows that a run asks the teacher for."""
 
     cfg: SynthesizeConfig
-    todo: list[Sample]
-    settled: dict[str, dict[str, Any]] = field(default_factory=dict)  # by id, as of request_row
+    missing: dict[str, Sample]  # by id: neither written nor rejected so far
+    written: int = 0
+    rejected: list[dict[str, Any]] = field(default_factory=list)  # rows set aside
     failures: int = 0  # rows in a row for which the server had no answer
     tokens: int = 0  # as the server counts them
 
@@ -1586,17 +1586,27 @@ def synthesize(cfg: SynthesizeConfig) -> None:
     client = open_client(cfg)
     with lock_output(cfg.out):
         finished = finished_ids(cfg, samples)
-        run = SynthesizeRun(cfg, [sample for sample in samples if sample.id not in finished])
+        missing = {sample.id: sample for sample in samples if sample.id not in finished}
+        before = len(samples) - len(missing)
+        run = SynthesizeRun(cfg, missing)
         try:
             asyncio.run(run_requests(client, run))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            report(run, len(samples) - len(run.todo))
-    reasons = [row["reason"] for row in run.settled.values() if "reason" in row]
+            listed = write_rejected(cfg.out, "synthesize", run.rejected)
+            print(
+                f"{len(samples)} rows = {before} in {cfg.out} before + {run.written} now + "
+                f"{len(run.rejected)} set aside in {listed} + {len(missing)} missing; "
+                f"{run.tokens} tokens"
+            )
+            if missing:
+                names = ", ".join(list(missing)[:10])
+                print(f"missing: {names}{', ...' if len(missing) > 10 else ''}")
     # That rows are refused once more, where others are done, is no error.
-    if reasons and len(reasons) == len(run.todo) and (run.failures > 0 or not finished):
-        raise InputError(f"none of {len(reasons)} rows asked for is done; the first: {reasons[0]}")
+    if run.rejected and not run.written and (run.failures > 0 or before == 0):
+        first = run.rejected[0]["reason"]
+        raise InputError(f"none of {len(run.rejected)} rows asked for is done; the first: {first}")
 
 
 def preview(samples: list[Sample], model: str) -> None:
@@ -1648,7 +1658,8 @@ def sample_digests(sample: Sample, model: str) -> dict[str, str]:
 async def run_requests(client: Any, run: SynthesizeRun) -> None:
     """Ask for `concurrency` rows at a time; each is written, or set aside, at once."""
     out = Path(run.cfg.out)
-    queue = iter(progress(run.todo, len(run.todo), "samples"))
+    todo = list(run.missing.values())
+    queue = iter(progress(todo, len(todo), "samples"))
 
     async def work() -> None:
         """One worker: a row at a time, from the queue that all workers share."""
@@ -1657,13 +1668,16 @@ async def run_requests(client: Any, run: SynthesizeRun) -> None:
             row = to_json(sample)
             if not sample.reasoning:
                 row = await request_row(client, sample, run)
-            if "reason" not in row:
+            if "reason" in row:
+                run.rejected.append(row)
+            else:
                 if sample.image is not None:
                     row["image"] = place_image(sample.image, sample.folder, out.parent)
                 # In this order, so that after a kill no row is without its record.
                 append_records(Path(f"{out}.inputs"), [{"id": sample.id, "made_from": made_from}])
                 append_records(out, [row])
-            run.settled[sample.id] = row
+                run.written += 1
+            del run.missing[sample.id]
 
     async with client, asyncio.TaskGroup() as workers:
         for _ in range(run.cfg.concurrency):
@@ -1729,11 +1743,9 @@ def build_request(sample: Sample, model: str, temperature: float = 0.0) -> dict[
 
 
 def open_client(cfg: SynthesizeConfig) -> Any:
-    """An AsyncOpenAI that tries again after 429, 5xx and lost connections, as Retry-After says.
-
-    Its requests raise TimeoutError if the whole reply takes over cfg.timeout seconds, however
-    steadily its bytes drip, and ServerError if it has over MAX_REPLY bytes, decompressed.
-    """
+    """An AsyncOpenAI that tries again after 429, 5xx and lost connections, as Retry-After says. It
+    raises TimeoutError if a whole reply takes over cfg.timeout seconds, however steadily its bytes
+    drip, and ServerError if it has over MAX_REPLY bytes, decompressed."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     class BoundedClient(DefaultAsyncHttpxClient):
@@ -1818,21 +1830,6 @@ def validate_answer(sample: Sample, answer: str) -> dict[str, Any]:
     if sample.response is not None:
         row["response_label"] = verdict.response
     return row
-
-
-def report(run: SynthesizeRun, before: int) -> None:
-    """List the rows set aside, and print where every row of the input is: `before` in --out."""
-    out = run.cfg.out
-    set_aside = [row for row in run.settled.values() if "reason" in row]
-    missing = [sample.id for sample in run.todo if sample.id not in run.settled]
-    listed = write_rejected(out, "synthesize", set_aside)
-    now = len(run.settled) - len(set_aside)
-    print(
-        f"{before + len(run.todo)} rows = {before} in {out} before + {now} now + "
-        f"{len(set_aside)} set aside in {listed} + {len(missing)} missing; {run.tokens} tokens"
-    )
-    if missing:
-        print(f"missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}")
 
 
 if __name__ == "__main__":
