@@ -1588,7 +1588,7 @@ def synthesize(cfg: SynthesizeConfig) -> None:
         finished = finished_ids(cfg, samples)
         missing = {sample.id: sample for sample in samples if sample.id not in finished}
         before = len(samples) - len(missing)
-        run = SynthesizeRun(cfg, missing)
+        run = SynthesizeRun(cfg, missing)  # which takes out of `missing` what it settles
         try:
             asyncio.run(run_requests(client, run))
         except ExceptionGroup as errors:
@@ -1782,9 +1782,7 @@ def open_client(cfg: SynthesizeConfig) -> Any:
 
 def read_completion(content: bytes) -> tuple[str, int]:
     """The text of a chat completion, and its tokens as the server counts them (0: it does not say).
-
-    ServerError if it is no chat completion, InputError if it is one without text.
-    """
+    ServerError if it is no chat completion, InputError if it is one without text."""
     shown = content[:200].decode(errors="replace")
     try:
         reply = json.loads(content)
