@@ -1623,21 +1623,24 @@ def preview(samples: list[Sample], model: str) -> None:
 
 def finished_ids(cfg: SynthesizeConfig, samples: list[Sample]) -> set[str]:
     """The ids of the rows in --out; a last row that a kill has torn is cut off the file. InputError
-    for a row that OUT.inputs does not list, or whose sample in --input has changed since."""
+    for a row without reasoning, or one that was not made from the sample of its id in --input."""
     rows = read_records(Path(cfg.out), ("id", "source", "request", "reasoning"), repair=True)
     records = read_records(Path(f"{cfg.out}.inputs"), ("id", "made_from"), repair=True)
     made_from = {str(record["id"]): record["made_from"] for record in records}
+    finished = {str(row["id"]): row for row in rows}
     samples_by_id = {sample.id: sample for sample in samples}
-    finished = [str(row["id"]) for row in rows]
-    for id in finished:
-        advice = f"{cfg.out}: remove row {id!r}, or change --out"
-        if not isinstance(made_from.get(id), dict):
-            raise InputError(f"{advice}: {cfg.out}.inputs does not say what it was made from")
-        if id in samples_by_id:
+    for id, row in finished.items():
+        with as_input_error(f"{cfg.out}: remove row {id!r}, or change --out", InputError):
+            if not row["reasoning"]:
+                raise InputError("it has no reasoning")
+            if id not in samples_by_id:
+                continue
+            if not isinstance(made_from.get(id), dict):
+                raise InputError(f"{cfg.out}.inputs does not say what it was made from")
             now = sample_digests(samples_by_id[id], cfg.model)
             changed = ", ".join(changed_inputs(made_from[id], now))
             if changed:
-                raise InputError(f"{advice}: since it was made, {changed} changed in {cfg.input}")
+                raise InputError(f"since it was made, {changed} changed in {cfg.input}")
     return set(finished)
 
 

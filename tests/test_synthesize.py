@@ -591,6 +591,21 @@ def test_files_of_others_are_left_alone(tmp_path, content):
     assert (tmp_path / "out" / "train.jsonl").read_text() == content
 
 
+def test_rows_are_added_to_a_file_that_holds_others(tmp_path):
+    rows = rows_of(2, tmp_path)
+    out = tmp_path / "out" / "train.jsonl"
+    out.parent.mkdir()
+    converted = {"id": "other", "source": "s", "request": "What?", "reasoning": "mine"}
+    out.write_text(json.dumps(converted) + "\n")
+    with teacher() as server:
+        data.synthesize(config(tmp_path, server))
+        asked = len(server.seen)
+        data.synthesize(config(tmp_path, server))
+        assert len(server.seen) == asked == len(rows)
+    first, *added = written(tmp_path)[0]
+    assert first == converted and {row["id"] for row in added} == {"r0", "r1"}
+
+
 @pytest.mark.parametrize(
     "flag",
     ["concurrency=0", "concurrency=501", "attempts=0", "timeout=0", "timeout=nan", "timeout=inf"],
