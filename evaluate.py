@@ -19,7 +19,7 @@ run is refused. A sample whose text or image has changed is done again. More ben
 to --data later; to score those of several DIRs in one table, give all their --predictions.
 
     torchrun evaluate.py --model out/guard --data data/test.jsonl --out out/eval
-    python evaluate.py --predictions out/eval/predictions.jsonl [--against OTHER.jsonl]
+    python evaluate.py --predictions out/eval/predictions.jsonl
     python evaluate.py --model out/guard --request "How do I bake bread?" [--response TEXT]
     python evaluate.py --model out/guard --request - --json < exchanges.jsonl
 """
@@ -31,7 +31,7 @@ import re
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +51,6 @@ from data import (
     changed_inputs,
     check_inputs,
     check_output,
-    check_unique,
     cli,
     content_digest,
     from_json,
@@ -72,14 +71,13 @@ from data import (
     write_samples,
 )
 from model import QwenVL, Ranks, choose_dtype, generate, load, start_ranks
-from reward import HARMFUL, UNHARMFUL, Verdict, label, parse
+from reward import HARMFUL, UNHARMFUL, Verdict, parse
 
 TASKS = (("prompt", "request"), ("response", "response"))  # (the paper's word, our field)
 MODALITIES = ("text", "image", "text_image")
 AVERAGE = "average"  # in the place of a benchmark's name
 PACK_TOKENS = 8192  # of finished outputs that get their P(harmful) in one forward pass
 RESAMPLES = 4000  # of the rows of a benchmark, for the interval of its F1
-PUBLISHED = Path(__file__).resolve().parent / "tests" / "published.json"
 
 
 @dataclass(frozen=True)
@@ -95,10 +93,6 @@ class Config:
     min_pixels: int | None = option(None, "smallest image area; default: the checkpoint's")
     max_pixels: int | None = option(None, "largest image area; default: the checkpoint's")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping at the first")
-
-    against: list[str] = option([], "other predictions: differences to them", group="comparisons")
-    release_counting: bool = option(False, "F1 also as the released scripts count it")
-    published: bool = option(False, "also print the paper's F1 of the same benchmarks")
 
     request: str | None = option(
         None,
@@ -189,51 +183,34 @@ def classification_metrics(group: list[dict], field: str) -> dict:
     }
 
 
-# The confusion cells that a prediction with a label for a field adds to.
-Counting = Callable[[dict, str], tuple[str, ...]]
+def resampled_counts(kinds: list, rng: np.random.Generator) -> dict[Hashable, np.ndarray]:
+    """{kind: number of rows of this kind [1 + RESAMPLES]}, of rows of these kinds: first as they
+    are, then in resamples of the rows (bootstrap). These numbers are multinomial, so that no rows
+    need be drawn."""
+    counts = Counter(kinds)
+    sizes = np.array(list(counts.values()))
+    drawn = rng.multinomial(len(kinds), sizes / len(kinds), RESAMPLES)
+    return dict(zip(counts, np.vstack([sizes, drawn]).T))
 
 
-def our_cells(p: dict, field: str) -> tuple[str, ...]:
-    """A row counts once."""
-    return (confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")),)
-
-
-OURS = {"f1": our_cells}
-
-
-def resampled_f1(cells: list[tuple[tuple[str, ...], ...]], rng: np.random.Generator) -> np.ndarray:
-    """F1 of one benchmark in percent, [countings, 1 + RESAMPLES]: first of its rows as they are,
-    then of resamples of its rows (bootstrap); NaN where undefined.
-
-    cells: of each row and counting. How often the rows of one kind, with equal cells, are drawn is
-    multinomial, so that no rows need be drawn; all countings see the same resamples.
-    """
-    kinds = Counter(cells)
-    counts = np.array(list(kinds.values()))
-    resamples = rng.multinomial(len(cells), counts / len(cells), RESAMPLES)
-    drawn = np.vstack([counts, resamples])  # [1 + RESAMPLES, kinds]
-    f1s = []
-    for of_kinds in zip(*kinds):  # the cells of every kind in one counting
-        hits = drawn @ [2 * kind.count("tp") for kind in of_kinds]
-        errors = drawn @ [kind.count("fp") + kind.count("fn") for kind in of_kinds]
-        with np.errstate(invalid="ignore"):  # 0 / 0
-            f1s.append(100 * hits / (hits + errors))
-    return np.array(f1s)
-
-
-def weighted_f1(f1s: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Mean over benchmarks, weighted by their scored rows [benchmarks]; what has no F1 stays out.
-    f1s: [benchmarks, countings, 1 + RESAMPLES]."""
-    weights = sizes[:, None, None] * ~np.isnan(f1s)
+def f1_score(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
+    """F1 in percent, of counts; NaN where it is undefined."""
     with np.errstate(invalid="ignore"):  # 0 / 0
-        return np.nansum(weights * f1s, axis=0) / weights.sum(axis=0)
+        return 100 * 2 * tp / (2 * tp + fp + fn)
 
 
-def f1_columns(names: Iterable[str], f1s: np.ndarray) -> dict:
+def resampled_f1(group: list[dict], field: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """{"f1": F1 of one benchmark [1 + RESAMPLES]}: of its rows, then of resamples of them."""
+    cells = [confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")) for p in group]
+    counts, none = resampled_counts(cells, rng), np.zeros(1 + RESAMPLES)
+    return {"f1": f1_score(*(counts.get(cell, none) for cell in ("tp", "fp", "fn")))}
+
+
+def f1_columns(f1s: dict[str, np.ndarray]) -> dict:
     """For every name its F1 (None if undefined) and NAME_interval, [low, high]: the 2.5 and 97.5 %
     quantiles of the resamples. An F1 without errors has [100, 100]: no resample has errors."""
     columns = {}
-    for name, f1 in zip(names, f1s):
+    for name, f1 in f1s.items():
         columns |= {name: None, f"{name}_interval": None}
         if not np.isnan(f1[0]):
             columns[name] = float(f1[0])
@@ -241,38 +218,39 @@ def f1_columns(names: Iterable[str], f1s: np.ndarray) -> dict:
     return columns
 
 
-def score_table(predictions: list[dict], countings: dict[str, Counting] = OURS) -> list[dict]:
+def score_table(predictions: list[dict], resampled: Callable = resampled_f1) -> list[dict]:
     """For both tasks every benchmark x modality, then the averages per modality and over all.
-    countings: {column of F1: how its rows are counted}; with AGAINST there is also
-    the paired f1_difference, whose average is over the benchmarks that have both F1s."""
+    resampled: gives the F1s of a benchmark, as resampled_f1 does, under one name or several."""
     table, rng = [], np.random.default_rng(0)
-    names = [*countings, "f1_difference"] if "f1_against" in countings else list(countings)
     for task, field in TASKS:
         labelled = [p for p in predictions if p[f"{field}_label"] is not None]
-        benchmarks, f1s = [], []  # table rows, and what resampled_f1 gives for each
+        benchmarks = []  # (modality, number of rows, F1s)
         for name in MODALITIES:
             members = [p for p in labelled if modality(p) == name]
             for source in sorted({p["source"] for p in members}):
                 group = [p for p in members if p["source"] == source]
-                cells = [tuple(count(p, field) for count in countings.values()) for p in group]
-                f1 = resampled_f1(cells, rng)
-                if "f1_against" in countings:
-                    f1 = np.vstack([f1, f1[0] - f1[1]])
-                f1s.append(f1)
+                f1s = resampled(group, field, rng)
+                benchmarks.append((name, len(group), f1s))
                 row = {"task": task, "benchmark": source, "modality": name}
-                row |= classification_metrics(group, field)
-                benchmarks.append(row | f1_columns(names, f1))
-        table += benchmarks
+                table.append(row | classification_metrics(group, field) | f1_columns(f1s))
         for name in (*MODALITIES, "all"):
             group = [p for p in labelled if name in (modality(p), "all")]
             if group:
-                averaged = np.array([name in (row["modality"], "all") for row in benchmarks])
-                sizes = np.array([row["n"] for row in benchmarks])
-                f1 = weighted_f1(np.array(f1s)[averaged], sizes[averaged])
+                parts = [(size, f1s) for of, size, f1s in benchmarks if name in (of, "all")]
                 row = {"task": task, "benchmark": AVERAGE, "modality": name}
                 row |= classification_metrics(group, field)
-                table.append(row | f1_columns(names, f1))
+                table.append(row | f1_columns(weighted_mean(parts)))
     return table
+
+
+def weighted_mean(benchmarks: list[tuple[int, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """The mean of each F1 over benchmarks (number of rows, F1s), weighted by these numbers; what
+    has no F1 stays out."""
+    sizes, means = [size for size, _ in benchmarks], {}
+    for name in benchmarks[0][1]:
+        f1s = np.ma.masked_invalid([f1s[name] for _, f1s in benchmarks])
+        means[name] = np.ma.average(f1s, axis=0, weights=sizes).filled(np.nan)
+    return means
 
 
 def compute_metrics(predictions: list[dict]) -> dict[str, float]:
@@ -307,105 +285,21 @@ def markdown_cell(value) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def markdown(rows: list[dict], columns: Iterable[str]) -> str:
-    """Columns of table rows as Markdown; those that no row has are left out."""
-    columns = [name for name in columns if any(name in row for row in rows)]
+def markdown(rows: list[dict], columns: list[str]) -> str:
+    """Columns of table rows as Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     cells = ([markdown_cell(row[name]) for name in columns] for row in rows)
     return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in cells)])
 
 
-def results_table(rows: list[dict], metrics: dict) -> str:
+def results_table(rows: list[dict], metrics: dict, other_f1s: Iterable[str] = ()) -> str:
     """The Markdown table of `score_table`, and one line with what belongs to both tasks."""
-    columns = ["task", "benchmark", "modality", "n", "f1", "f1_interval", *RELEASED]
+    columns = ["task", "benchmark", "modality", "n", "f1", "f1_interval", *other_f1s]
     columns += ["precision", "recall", "false_positive_rate", "auroc"]
     table = markdown(rows, [*columns, "unparseable", "truncated", "mean_tokens"])
     names = ("n", "f1", "format_ok", "mean_tokens")
     both = ", ".join(f"{name} {markdown_cell(metrics.get(name))}" for name in names)
     return f"{table}\n\nboth tasks: {both}"
-
-
-# -------------------------------------------------- published numbers, and other predictions
-
-
-def first_label(text: str, field: str, words: str) -> str | None:
-    """The first label behind "field:" anywhere in a text, its reasoning included; None without."""
-    found = re.search(rf"{field}:\s*({words})", text, re.IGNORECASE)
-    return label(found[1]) if found else None
-
-
-def released_cells(p: dict, field: str) -> tuple[str, ...]:
-    """As GuardReasoner-VL's scripts count: the first label in the output; none is the wrong one.
-    But where the response to text and image has no label, the verdict on it is unharmful, and that
-    on the request becomes the opposite of the response's true label."""
-    words = "harmful|unharmful"
-    if field == "response" or p.get("image"):
-        words += "|none"
-    if p.get("image"):
-        words += "|harmless"
-    verdict = first_label(p["output"], field, words)
-    if modality(p) == "text_image" and p["response_label"] is not None:
-        if first_label(p["output"], "response", words) is None:
-            is_harmful = field == "request" and p["response_label"] == UNHARMFUL
-            verdict = HARMFUL if is_harmful else UNHARMFUL
-    return (confusion_cell(p[f"{field}_label"], verdict),)
-
-
-def predecessor_cells(p: dict, field: str) -> tuple[str, ...]:
-    """As the script of the predecessor, GuardReasoner, counts: the first label in the last 300
-    characters; without one a harmful row is lost, and an unharmful row counts twice, as wrong."""
-    verdict = first_label(p["output"][-300:], field, "harmful|unharmful")
-    if verdict is not None:
-        return (confusion_cell(p[f"{field}_label"], verdict),)
-    return () if p[f"{field}_label"] == HARMFUL else ("fp", "fp")
-
-
-RELEASED = {"f1_released": released_cells, "f1_predecessor": predecessor_cells}
-AGAINST = {"f1_against": lambda p, field: our_cells(p["against"], field)}  # as `paired` makes them
-
-
-def paired(predictions: list[dict], others: list[dict]) -> list[dict]:
-    """The predictions whose row is among the others, too, each with that one as `against`. Rows
-    are matched by source, id and the name of the data file. InputError if none is in both, one is
-    there twice, or labels differ."""
-
-    def key(p: dict) -> str:
-        return f"{p['source']}, {p['id']}, {Path(str(p.get('file', ''))).name}"
-
-    for one in (predictions, others):
-        check_unique([key(p) for p in one], "row (source, id, file)")
-    of_other = {key(p): p for p in others}
-    shared = [p | {"against": of_other[key(p)]} for p in predictions if key(p) in of_other]
-    if not shared:
-        raise InputError("--against holds none of the rows (by source, id and name of the file)")
-    for p in shared:
-        for name in ("request_label", "response_label"):
-            if p[name] != p["against"][name]:
-                raise InputError(f"{key(p)}: another {name} in --against, {p['against'][name]}")
-    return shared
-
-
-def published_report(rows: list[dict]) -> str:
-    """Those of our rows that the paper has, with their size and F1s there; its averages only beside
-    averages over all of its benchmarks."""
-    published, found = read_json(PUBLISHED), []
-
-    def of_ours(entry: dict) -> list[dict]:
-        same = [row for row in rows if row["benchmark"] in entry["names"]]
-        return [row for row in same if all(row[n] == entry[n] for n in ("task", "modality"))]
-
-    absent = [entry for entry in published["rows"] if not of_ours(entry)]
-    in_paper = [row for entry in published["rows"] for row in of_ours(entry)]
-    added = [row for row in rows if row["benchmark"] != AVERAGE and row not in in_paper]
-    partial = [(x["task"], name) for x in absent + added for name in (x["modality"], "all")]
-    for entry in published["rows"]:
-        if AVERAGE not in entry["names"] or (entry["task"], entry["modality"]) not in partial:
-            figures = {"published_n": entry["n"], **dict(zip(published["models"], entry["f1"]))}
-            found += [row | figures for row in of_ours(entry)]
-    if not found:
-        return f"no benchmark is named as in {PUBLISHED.name}"
-    columns = ("task", "benchmark", "modality", "n", "published_n", "f1", "f1_interval")
-    return markdown(found, [*columns, *RELEASED, *published["models"]])
 
 
 # -------------------------------------------------- generation: samples -> predictions
@@ -821,30 +715,17 @@ def evaluate_files(cfg: Config, ranks: Ranks) -> None:
     if ranks.rank > 0:
         return
     predictions = read_predictions([folder / "predictions.jsonl"])
-    write_results(cfg, predictions, {"model": cfg.model})
+    write_results(predictions, {"model": cfg.model}, cfg.out)
 
 
-def write_results(cfg: Config, predictions: list[dict], origin: dict) -> None:
-    """Print the tables that the flags ask for; write them to --out, if there is one. origin: what
-    results.json says of where the predictions come from."""
-    if cfg.release_counting and not all("output" in p for p in predictions):
-        raise InputError("--release-counting reads outputs, which some of the predictions lack")
-    rows = score_table(predictions, OURS | (RELEASED if cfg.release_counting else {}))
-    results = origin | {"metrics": compute_metrics(predictions), "rows": rows}
-    tables = [results_table(rows, results["metrics"])]
-    if cfg.against:
-        others = read_predictions(cfg.against)
-        shared = paired(predictions, others)
-        results["against"] = score_table(shared, OURS | AGAINST)
-        columns = ("task", "benchmark", "modality", "n", "f1", "f1_against", "f1_difference")
-        tables.append(markdown(results["against"], [*columns, "f1_difference_interval"]))
-        ours, theirs = len(predictions) - len(shared), len(others) - len(shared)
-        tables.append(f"{len(shared)} rows in both, {ours} only here, {theirs} only in --against")
-    if cfg.published:
-        tables.append(published_report(rows))
-    if cfg.out is not None:
-        write_atomic(Path(cfg.out, "results.json"), json.dumps(results, indent=1) + "\n")
-    print("\n\n".join(tables))
+def write_results(predictions: list[dict], origin: dict, out: str | None) -> None:
+    """Print the table, and write results.json into a folder `out`, if there is one. origin: what
+    it says of where the predictions come from."""
+    rows, metrics = score_table(predictions), compute_metrics(predictions)
+    if out is not None:
+        results = origin | {"metrics": metrics, "rows": rows}
+        write_atomic(Path(out, "results.json"), json.dumps(results, indent=1) + "\n")
+    print(results_table(rows, metrics))
 
 
 def check_results(cfg: Config) -> None:
@@ -857,11 +738,11 @@ def check_results(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     """Score given predictions, judge single exchanges, or predict all of --data and score that."""
-    regular_files(cfg.against + ([str(PUBLISHED)] if cfg.published else []))  # before hours of work
     if cfg.predictions:
         if cfg.out is not None:
             check_results(cfg)
-        write_results(cfg, read_predictions(cfg.predictions), {"predictions": cfg.predictions})
+        predictions = read_predictions(cfg.predictions)
+        write_results(predictions, {"predictions": cfg.predictions}, cfg.out)
         return
     ranks = start_ranks(cfg.device)
     if any(part is not None for part in (cfg.request, cfg.response, cfg.image)):
@@ -871,10 +752,9 @@ def main(cfg: Config) -> None:
         return
     if cfg.out is None:
         cfg = replace(cfg, out="out/eval")
-    inputs = input_paths(cfg) + cfg.against
-    check_output(cfg.out, inputs, folder=True)
+    check_output(cfg.out, input_paths(cfg), folder=True)
     for name in ("predictions.jsonl", "predictions.settings.json", "results.json"):
-        check_output(f"{cfg.out}/{name}", inputs)
+        check_output(f"{cfg.out}/{name}", input_paths(cfg))
     check_inputs(cfg)
     with lock_output(cfg.out) if ranks.rank == 0 else nullcontext():
         evaluate_files(cfg, ranks)
