@@ -22,54 +22,27 @@ to --data later; to score those of several DIRs in one table, give all their --p
     python evaluate.py --predictions out/eval/predictions.jsonl
     python evaluate.py --model out/guard --request "How do I bake bread?" [--response TEXT]
     python evaluate.py --model out/guard --request - --json < exchanges.jsonl
+    # ... whose lines are JSON objects with request, response, image, id (all optional)
 """
 
-import codecs
 import json
 import os
 import re
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 
-from data import (
-    Encoder,
-    InputError,
-    Row,
-    Sample,
-    append_records,
-    as_input_error,
-    changed_inputs,
-    check_inputs,
-    check_output,
-    cli,
-    content_digest,
-    from_json,
-    halved,
-    image_stamp,
-    lock_output,
-    model_digests,
-    option,
-    prefetch,
-    progress,
-    read_json,
-    read_records,
-    read_samples,
-    regular_files,
-    saving_memory,
-    to_json,
-    write_atomic,
-    write_samples,
-)
+import data
+from data import Encoder, InputError, Row, Sample, option
 from model import QwenVL, Ranks, choose_dtype, generate, load, start_ranks
 from reward import HARMFUL, UNHARMFUL, Verdict, parse
 
@@ -85,21 +58,14 @@ class Config:
     model: str = option("out/guard", "checkpoint or hub id", group="what it reads and writes")
     data: list[str] = option(["data/test.jsonl"], "labelled samples")
     out: str | None = option(None, "folder to write to (default: out/eval; --predictions: none)")
-    predictions: list[str] = option(
-        [], "score these files again, without a model; results.json only goes into a given --out"
-    )
+    predictions: list[str] = option([], "score these again, without a model, into --out if given")
     fresh: bool = option(False, "drop the predictions of an earlier run")
     instruction: str | None = option(None, "file that replaces the system instruction")
     min_pixels: int | None = option(None, "smallest image area; default: the checkpoint's")
     max_pixels: int | None = option(None, "largest image area; default: the checkpoint's")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping at the first")
 
-    request: str | None = option(
-        None,
-        "the person's text; or - for exchanges on standard input, as JSON lines with request, "
-        "response, image, id (all optional)",
-        group="judge one exchange",
-    )
+    request: str | None = option(None, "a text, or - for standard input", group="judge exchanges")
     response: str | None = option(None, "the AI's answer, if there is one")
     image: str | None = option(None, "the person's image")
     json: bool = option(False, "print each judged exchange as one JSON object")
@@ -183,34 +149,30 @@ def classification_metrics(group: list[dict], field: str) -> dict:
     }
 
 
-def resampled_counts(kinds: list, rng: np.random.Generator) -> dict[Hashable, np.ndarray]:
-    """{kind: number of rows of this kind [1 + RESAMPLES]}, of rows of these kinds: first as they
-    are, then in resamples of the rows (bootstrap). These numbers are multinomial, so that no rows
-    need be drawn."""
+def resampled_counts(kinds: list, rng: np.random.Generator) -> tuple[list, np.ndarray]:
+    """The distinct kinds of some rows, and how many rows are of each, [1 + RESAMPLES, kinds]: first
+    of the rows as they are, then of resamples of them (bootstrap). These numbers are multinomial,
+    so that no rows need be drawn."""
     counts = Counter(kinds)
     sizes = np.array(list(counts.values()))
     drawn = rng.multinomial(len(kinds), sizes / len(kinds), RESAMPLES)
-    return dict(zip(counts, np.vstack([sizes, drawn]).T))
+    return list(counts), np.vstack([sizes, drawn])
 
 
-def f1_score(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
-    """F1 in percent, of counts; NaN where it is undefined."""
-    with np.errstate(invalid="ignore"):  # 0 / 0
-        return 100 * 2 * tp / (2 * tp + fp + fn)
-
-
-def resampled_f1(group: list[dict], field: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """{"f1": F1 of one benchmark [1 + RESAMPLES]}: of its rows, then of resamples of them."""
+def resampled_f1(group: list[dict], field: str, rng: np.random.Generator) -> np.ndarray:
+    """F1 of one benchmark in percent, [1, 1 + RESAMPLES]; NaN where it is undefined."""
     cells = [confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")) for p in group]
-    counts, none = resampled_counts(cells, rng), np.zeros(1 + RESAMPLES)
-    return {"f1": f1_score(*(counts.get(cell, none) for cell in ("tp", "fp", "fn")))}
+    kinds, numbers = resampled_counts(cells, rng)
+    tp, fp, fn = (numbers @ [kind == cell for kind in kinds] for cell in ("tp", "fp", "fn"))
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return 100 * 2 * tp[None] / (2 * tp + fp + fn)
 
 
-def f1_columns(f1s: dict[str, np.ndarray]) -> dict:
+def f1_columns(names: Sequence[str], f1s: np.ndarray) -> dict:
     """For every name its F1 (None if undefined) and NAME_interval, [low, high]: the 2.5 and 97.5 %
     quantiles of the resamples. An F1 without errors has [100, 100]: no resample has errors."""
     columns = {}
-    for name, f1 in f1s.items():
+    for name, f1 in zip(names, f1s):
         columns |= {name: None, f"{name}_interval": None}
         if not np.isnan(f1[0]):
             columns[name] = float(f1[0])
@@ -218,39 +180,33 @@ def f1_columns(f1s: dict[str, np.ndarray]) -> dict:
     return columns
 
 
-def score_table(predictions: list[dict], resampled: Callable = resampled_f1) -> list[dict]:
-    """For both tasks every benchmark x modality, then the averages per modality and over all.
-    resampled: gives the F1s of a benchmark, as resampled_f1 does, under one name or several."""
+def score_table(
+    predictions: list[dict], names: Sequence[str] = ("f1",), f1s_of: Callable = resampled_f1
+) -> list[dict]:
+    """For both tasks every benchmark x modality, then the averages per modality and over all; what
+    has no F1 stays out of these. f1s_of gives the F1s of a benchmark, [names, 1 + RESAMPLES]."""
     table, rng = [], np.random.default_rng(0)
     for task, field in TASKS:
         labelled = [p for p in predictions if p[f"{field}_label"] is not None]
-        benchmarks = []  # (modality, number of rows, F1s)
+        benchmarks, f1s = [], []  # rows of the table, and the F1s of each
         for name in MODALITIES:
             members = [p for p in labelled if modality(p) == name]
             for source in sorted({p["source"] for p in members}):
                 group = [p for p in members if p["source"] == source]
-                f1s = resampled(group, field, rng)
-                benchmarks.append((name, len(group), f1s))
+                f1s.append(f1s_of(group, field, rng))
                 row = {"task": task, "benchmark": source, "modality": name}
-                table.append(row | classification_metrics(group, field) | f1_columns(f1s))
+                row |= classification_metrics(group, field)
+                benchmarks.append(row | f1_columns(names, f1s[-1]))
+        table += benchmarks
         for name in (*MODALITIES, "all"):
             group = [p for p in labelled if name in (modality(p), "all")]
             if group:
-                parts = [(size, f1s) for of, size, f1s in benchmarks if name in (of, "all")]
+                sizes = [row["n"] * (name in (row["modality"], "all")) for row in benchmarks]
+                average = np.ma.average(np.ma.masked_invalid(f1s), axis=0, weights=sizes)
                 row = {"task": task, "benchmark": AVERAGE, "modality": name}
                 row |= classification_metrics(group, field)
-                table.append(row | f1_columns(weighted_mean(parts)))
+                table.append(row | f1_columns(names, average.filled(np.nan)))
     return table
-
-
-def weighted_mean(benchmarks: list[tuple[int, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-    """The mean of each F1 over benchmarks (number of rows, F1s), weighted by these numbers; what
-    has no F1 stays out."""
-    sizes, means = [size for size, _ in benchmarks], {}
-    for name in benchmarks[0][1]:
-        f1s = np.ma.masked_invalid([f1s[name] for _, f1s in benchmarks])
-        means[name] = np.ma.average(f1s, axis=0, weights=sizes).filled(np.nan)
-    return means
 
 
 def compute_metrics(predictions: list[dict]) -> dict[str, float]:
@@ -287,9 +243,9 @@ def markdown_cell(value) -> str:
 
 def markdown(rows: list[dict], columns: list[str]) -> str:
     """Columns of table rows as Markdown."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    cells = ([markdown_cell(row[name]) for name in columns] for row in rows)
-    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in cells)])
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[markdown_cell(row[name]) for name in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def results_table(rows: list[dict], metrics: dict, other_f1s: Iterable[str] = ()) -> str:
@@ -346,15 +302,14 @@ def probabilities(
     labels = []  # (index of the output, index of the task)
     positions = []  # of the last token before each label, in the joined row
     for number, output in enumerate(outputs):
-        last = 0  # tokens of the output before its last label
+        counts = {}  # of the output's tokens before each label
         for task, offset in enumerate(output.label_offsets):
             if offset is not None:
-                count = tokens_before(encoder, output.ids, offset)
+                counts[task] = tokens_before(encoder, output.ids, offset)
                 labels.append((number, task))
-                positions.append(length + len(output.prompt) + count - 1)
-                last = max(last, count)
-        if last > 0:
-            rows.append(output.prompt.extend([output.ids[:last]]))
+                positions.append(length + len(output.prompt) + counts[task] - 1)
+        if counts:
+            rows.append(output.prompt.extend([output.ids[: max(counts.values())]]))
             length += len(rows[-1])
     if not rows:
         return found
@@ -386,8 +341,7 @@ def predict(
     prompts: dict[int, Row] = {}  # of the outputs under way
 
     def encode_prompts() -> Iterator[tuple[int, Row]]:
-        """(index, prompt) of every sample to do, as the sampler takes them."""
-        for i, row in zip(todo, prefetch(encoder.prompt, (samples[i] for i in todo))):
+        for i, row in zip(todo, data.prefetch(encoder.prompt, (samples[i] for i in todo))):
             if len(row) > max_tokens:
                 too_long = f"{len(row)} tokens; the model can read {max_tokens}"
                 raise InputError(f"sample {samples[i].id}: {too_long}")
@@ -431,30 +385,27 @@ def evaluate_samples(
     """Greedy predictions for samples, in order: evaluation within training. show: with a bar."""
     sampling = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "max_branches": max_branches}
     predictions = predict(model, encoder, samples, range(len(samples)), with_probs, **sampling)
-    found = dict(progress(predictions, len(samples), "validation samples", show))
+    found = dict(data.progress(predictions, len(samples), "validation samples", show))
     return [sample_fields("", sample) | found[i] for i, sample in enumerate(samples)]
 
 
 # -------------------------------------------------- single exchanges
 
 
-def read_exchange(line: bytes) -> Sample:
-    """A JSON object with request, response, image (any path) and id, all of them optional; null is
-    as if absent. InputError."""
+def read_exchange(row: Any) -> Sample:
+    """The sample in a decoded JSON object with request, response, image (any path) and id, all of
+    them optional; null is as if absent. InputError."""
     folder = Path()
-    with as_input_error("not valid JSON", ValueError, RecursionError):
-        row = json.loads(line.decode())
     if isinstance(row, dict):
         given = {name: value for name, value in row.items() if value is not None}
         row = {"id": "exchange", "source": "exchange", "request": "", **given}
         if isinstance(row.get("image"), str):
             folder, row["image"] = Path(row["image"]).parent, Path(row["image"]).name
-    return from_json(row, folder)
+    return data.from_json(row, folder)
 
 
 def judge(model: QwenVL, encoder: Encoder, sample: Sample, cfg: Config) -> None:
-    """Print the output as it is written, then both labels with P(harmful); or with --json one
-    object."""
+    """Print the output as it is written, then both labels and P(harmful); --json: one object."""
     stream, tokenizer = DecodeStream(skip_special_tokens=True), encoder.tokenizer.backend_tokenizer
 
     def show(new_tokens: list[int]) -> None:
@@ -477,17 +428,19 @@ def judge_all(cfg: Config, device: torch.device) -> None:
     is told on stderr, or with --json as {"line", "error"}; InputError at the end counts them."""
     if cfg.request != "-":
         flags = {"request": cfg.request, "response": cfg.response or None, "image": cfg.image}
-        sample = read_exchange(json.dumps(flags).encode())
-        judge(*load_guard(cfg, device), sample, cfg)
+        exchange = read_exchange(flags)
+        judge(*load_guard(cfg, device), exchange, cfg)
         return
     if cfg.response or cfg.image:
         raise InputError("--request - reads whole exchanges: leave out --response and --image")
     guard, bad = load_guard(cfg, device), []
     for number, line in enumerate(sys.stdin.buffer, 1):
-        line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                judge(*guard, read_exchange(line), cfg)
+            with data.as_input_error("not valid JSON", ValueError, RecursionError):
+                row = json.loads(line.decode("utf-8-sig"))
+            judge(*guard, read_exchange(row), cfg)
         except InputError as error:
             bad.append(number)
             reason = " ".join(str(error).split())
@@ -503,9 +456,9 @@ def judge_all(cfg: Config, device: torch.device) -> None:
 
 
 def sample_fields(file: str, sample: Sample) -> dict:
-    """What a record repeats of its sample, without the reasoning, as it reads back from JSON."""
-    fields = to_json(replace(sample, reasoning=None)) | {"image_stamp": image_stamp(sample)}
-    return json.loads(json.dumps({"file": file, **fields}))
+    """What a record repeats of its sample, without the reasoning."""
+    fields = data.to_json(replace(sample, reasoning=None))
+    return {"file": file, **fields, "image_stamp": data.image_stamp(sample)}
 
 
 def exchange_key(record: dict) -> str:
@@ -516,16 +469,18 @@ def exchange_key(record: dict) -> str:
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The files of records in a folder, by their exact names."""
+    """The files of records in a folder, by their exact names; those of ranks are merged later."""
     name = re.compile(r"predictions(\.rank\d+)?\.jsonl")
     return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
 
 
-def read_folder(folder: Path, repair: bool = False) -> dict[str, dict]:
-    """All records in a folder by exchange_key. repair: lines torn by a kill are cut off."""
+def read_folder(folder: Path) -> dict[str, dict]:
+    """All records in a folder by exchange_key; but a last line that a kill has torn is left out."""
     records = {}
     for path in record_files(folder):
-        records |= {exchange_key(r): r for r in read_records(path, ("file", "id"), repair)}
+        records |= {
+            exchange_key(record): record for record in data.read_records(path, ("file", "id"))
+        }
     return records
 
 
@@ -536,104 +491,103 @@ def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) 
     if fresh:
         for path in record_files(folder):
             path.unlink()
-    header = folder / "predictions.settings.json"
-    records = read_folder(folder, repair=True)
-    if records:
-        changed = changed_inputs(read_json(header) if header.is_file() else {}, settings)
-        if changed:
-            raise InputError(
-                f"{folder}: its predictions were made with another {', '.join(changed)} (or by an "
-                "older version); choose another --out, or drop them with --fresh"
-            )
+    records, header = read_folder(folder), folder / "predictions.settings.json"
+    advice = "choose another --out, or drop them with --fresh"
+    before = data.read_json(header) if records and header.is_file() else {}
+    changed = ", ".join(data.changed_inputs(before, settings))
+    if records and changed:
+        problem = f"its predictions were made with another {changed} (or by an older version)"
+        raise InputError(f"{folder}: {problem}; {advice}")
     files = {fields["file"] for fields in wanted.values()}
     for key, record in records.items():
         if key not in wanted and str(record["file"]) not in files:
-            raise InputError(
-                f"{folder}: it holds records of {record['file']}; name that in --data, too, choose "
-                "another --out, or drop them with --fresh"
-            )
-    write_atomic(header, json.dumps(settings, indent=1) + "\n")
+            problem = f"it holds records of {record['file']}; name that in --data, too"
+            raise InputError(f"{folder}: {problem}, {advice}")
+    data.write_atomic(header, json.dumps(settings, indent=1) + "\n")
 
 
-def merge_files(folder: Path, wanted: dict[str, dict]) -> list[dict]:
-    """Put the records of `wanted` (fields by exchange_key), which are returned, in this order into
-    predictions.jsonl. InputError, after that, if one was not made."""
+def merge_files(folder: Path, wanted: dict[str, dict]) -> dict[str, dict]:
+    """Put those records of `wanted` (fields by exchange_key) that are there, in this order, into
+    predictions.jsonl; no other file of records is left. Returns them by exchange_key."""
     records = read_folder(folder)
-    done = [records[key] | fields for key, fields in wanted.items() if key in records]
-    write_samples(folder / "predictions.jsonl", done)
+    done = {key: records[key] | fields for key, fields in wanted.items() if key in records}
+    data.write_samples(folder / "predictions.jsonl", done.values())
     for path in record_files(folder):
         if path.name != "predictions.jsonl":
             path.unlink()
-    missing = [fields["id"] for key, fields in wanted.items() if key not in records]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(missing)} of {len(wanted)} records were not made, the first is that "
-            f"of {missing[0]}; the same command again makes them"
-        )
     return done
 
 
 def collect(
     folder: Path, settings: dict, wanted: list[dict], make: Callable, fresh: bool, ranks: Ranks
-) -> dict[tuple[str, str], dict]:
+) -> list[dict]:
     """Make the records of `wanted` that `folder` lacks, on all ranks, and merge the files of all.
 
     wanted: the first fields of every record (sample_fields). make(todo) yields (index into wanted,
-    dict of the other fields), in any order. Returns, on rank 0, the records of `wanted` by file and
-    id. InputError if two files hold the same sample, and at the end if a record was not made.
+    dict of the other fields), in any order. Returns, on rank 0, the records in the order of
+    `wanted`. InputError if two files hold the same sample, or if a record was not made.
     """
     by_key = {}
     for fields in wanted:
         same = by_key.setdefault(exchange_key(fields), fields)
         if same is not fields:
-            raise InputError(
-                f"{fields['id']} is the same sample in {same['file']} and in {fields['file']}, and "
-                "would count twice; leave one of them out of --data"
-            )
+            files = f"{same['file']} and in {fields['file']}"
+            raise InputError(f"{fields['id']} is the same sample in {files}; leave one of them out")
 
-    # 1. See what is there. Nobody reads before the repair, and nobody writes before all have read.
+    # 1. See what is there. Nobody reads before it is merged; nobody writes before all have read.
     if ranks.rank == 0:
         prepare(folder, settings, by_key, fresh)
+        merge_files(folder, by_key)
     ranks.barrier()
-    done = set(read_folder(folder))
+    done = read_folder(folder)
     ranks.barrier()
 
     # 2. Each rank makes its share of what is missing, and appends it to a file of its own.
-    missing = [i for i, fields in enumerate(wanted) if exchange_key(fields) not in done]
+    missing = [i for i, key in enumerate(by_key) if key not in done]
     todo = missing[ranks.rank :: ranks.world]
     name = f"predictions.rank{ranks.rank}.jsonl" if ranks.rank > 0 else "predictions.jsonl"
     if todo:  # a finished run needs no model
-        for i, made in progress(make(todo), len(todo), "samples", show=ranks.rank == 0):
-            append_records(folder / name, [wanted[i] | made])
+        for i, made in data.progress(make(todo), len(todo), "samples", show=ranks.rank == 0):
+            data.append_records(folder / name, [wanted[i] | made])
     ranks.barrier()
 
     # 3. Rank 0 puts all records into one file.
-    records = merge_files(folder, by_key) if ranks.rank == 0 else []
-    ranks.barrier()
-    return {(record["file"], record["id"]): record for record in records}
+    if ranks.rank > 0:
+        return []
+    records = merge_files(folder, by_key)
+    lost = [fields["id"] for key, fields in by_key.items() if key not in records]
+    if lost:
+        problem = f"{len(lost)} of {len(wanted)} records were not made, the first is that of"
+        raise InputError(f"{folder}: {problem} {lost[0]}; the same command again makes them")
+    return list(records.values())
 
 
 # -------------------------------------------------- the stage: from flags to files
 
 
-def input_paths(cfg) -> list[str]:
-    """What a stage reads, and must not write to."""
-    return [cfg.model, *cfg.data] + ([cfg.instruction] if cfg.instruction else [])
+def check_paths(cfg, folder: str, file: str) -> None:
+    """InputError if an input is missing, or if the output folder, or a file that is written at the
+    end, is an input or something else than that."""
+    inputs = [cfg.model, *cfg.data] + ([cfg.instruction] if cfg.instruction else [])
+    data.check_output(file, inputs)
+    data.check_output(folder, inputs, folder=True)
+    data.check_inputs(cfg)
 
 
-def read_pairs(cfg, folder: Path) -> list[tuple[str, Sample]]:
-    """(file, sample) of all of cfg.data. The file is named by its path from `folder`, where its
-    records are: one name however it is spelled and wherever the stage runs."""
+def read_pairs(cfg, folder: Path) -> list[tuple[dict, Sample]]:
+    """All samples of cfg.data, each behind its sample_fields. Its file is named by the path from
+    `folder`, where the records are: one name however it is spelled and wherever the stage runs."""
     pairs = []
-    for path in regular_files(cfg.data):
+    for path in data.regular_files(cfg.data):
         file = os.path.relpath(Path(path).resolve(), folder.resolve())
-        pairs += [(file, sample) for sample in read_samples([path], cfg.skip_bad)]
+        samples = data.read_samples([path], cfg.skip_bad)
+        pairs += [(sample_fields(file, sample), sample) for sample in samples]
     return pairs
 
 
 def load_guard(cfg, device: torch.device) -> tuple[QwenVL, Encoder]:
     """The model in the dtype of cfg.dtype on the device, and its encoder."""
-    with saving_memory("a larger card: the weights alone do not fit"):
+    with data.saving_memory("a larger card: the weights alone do not fit"):
         model = load(cfg.model, device, choose_dtype(cfg.dtype, device))
     return model, Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
 
@@ -644,24 +598,23 @@ def sampling_flags(cfg) -> dict:
     return {name: getattr(cfg, name) for name in names}
 
 
-def settings_of(cfg, device: torch.device, *names: str) -> dict:
+def settings_of(cfg, device: torch.device) -> dict:
     """What outputs depend on beside their samples: the content of the model's files and of the
-    instruction file ({name: digest}), the flags that both stages share, and the flags `names`."""
-    settings = {f"model/{name}": digest for name, digest in model_digests(cfg.model).items()}
+    instruction file ({name: digest}), and the flags that both stages share."""
+    settings = {f"model/{name}": digest for name, digest in data.model_digests(cfg.model).items()}
     if cfg.instruction:
-        settings["instruction"] = content_digest(*regular_files([cfg.instruction]))
+        settings["instruction"] = data.content_digest(*data.regular_files([cfg.instruction]))
     settings["dtype"] = str(choose_dtype(cfg.dtype, device))
     flags = ("seed", "max_new_tokens", "temperature", "top_p", "min_pixels", "max_pixels")
-    return settings | {name: getattr(cfg, name) for name in (*flags, *names)}
+    return settings | {name: getattr(cfg, name) for name in flags}
 
 
 def memory_advice(max_branches: int, min_branches: int, max_pixels: int | None) -> str:
     """What to try when memory runs out while sampling at least `min_branches` outputs at once."""
-    advice = [halved("--max-branches", max_branches, min_branches)]
+    pixels = "--max-pixels 589824 (now the checkpoint's)"
     if max_pixels:
-        advice.append(halved("--max-pixels", max_pixels))
-    else:
-        advice.append("--max-pixels 589824 (now the checkpoint's)")
+        pixels = data.halved("--max-pixels", max_pixels)
+    advice = [data.halved("--max-branches", max_branches, min_branches), pixels]
     return " or ".join(filter(None, advice))
 
 
@@ -688,10 +641,10 @@ def check_prediction(row: dict) -> dict:
 def read_predictions(paths: Iterable[str | Path]) -> list[dict]:
     """Predictions to score. InputError names the file and line of an invalid or repeated one."""
     predictions = {}
-    for path in regular_files(paths):
-        for number, row in enumerate(read_records(Path(path), may_be_torn=False), 1):
+    for path in data.regular_files(paths):
+        for number, row in enumerate(data.read_records(Path(path), may_be_torn=False), 1):
             hint = "want source, id, labels, and output or both request_pred and response_pred"
-            with as_input_error(f"{path}:{number}: {hint}", ValueError, KeyError, TypeError):
+            with data.as_input_error(f"{path}:{number}: {hint}", ValueError, KeyError, TypeError):
                 p = check_prediction(row)
                 key = (p.get("file"), p["source"], p["id"])
                 if predictions.setdefault(key, p) is not p:
@@ -701,48 +654,44 @@ def read_predictions(paths: Iterable[str | Path]) -> list[dict]:
     return list(predictions.values())
 
 
-def evaluate_files(cfg: Config, ranks: Ranks) -> None:
-    """Predict all samples of --data, on all ranks; rank 0 scores what --out then holds."""
-    folder = Path(cfg.out)
-    pairs = read_pairs(cfg, folder)
-    samples = [sample for _, sample in pairs]
+def score_files(files: list[str], origin: dict, out: str | None) -> None:
+    """Print the table of predictions, and write results.json into a folder `out`, if there is one.
+    origin: what it says of where the predictions come from."""
+    predictions = read_predictions(files)
+    rows, metrics = score_table(predictions), compute_metrics(predictions)
+    if out is not None:
+        results = origin | {"metrics": metrics, "rows": rows}
+        data.write_atomic(Path(out, "results.json"), json.dumps(results, indent=1) + "\n")
+    print(results_table(rows, metrics))
+
+
+def score_again(cfg: Config) -> None:
+    """Score --predictions. InputError if --out holds results of other ones."""
+    if cfg.out is not None:
+        data.check_output(cfg.out, [], folder=True)
+        own = Path(cfg.out, "predictions.jsonl").resolve()
+        if own.exists() and own not in [Path(path).resolve() for path in cfg.predictions]:
+            raise InputError(f"{cfg.out} holds results of other predictions; choose another --out")
+    score_files(cfg.predictions, {"predictions": cfg.predictions}, cfg.out)
+
+
+def evaluate_files(cfg: Config, out: str, ranks: Ranks) -> None:
+    """Predict all samples of --data, on all ranks; rank 0 scores what the folder then holds."""
+    pairs = read_pairs(cfg, Path(out))
+    wanted, samples = zip(*pairs)
 
     def make(todo: list[int]) -> Iterator[tuple[int, dict]]:
         yield from predict(*load_guard(cfg, ranks.device), samples, todo, **sampling_flags(cfg))
 
-    wanted = [sample_fields(*pair) for pair in pairs]
-    collect(folder, settings_of(cfg, ranks.device), wanted, make, cfg.fresh, ranks)
-    if ranks.rank > 0:
-        return
-    predictions = read_predictions([folder / "predictions.jsonl"])
-    write_results(predictions, {"model": cfg.model}, cfg.out)
-
-
-def write_results(predictions: list[dict], origin: dict, out: str | None) -> None:
-    """Print the table, and write results.json into a folder `out`, if there is one. origin: what
-    it says of where the predictions come from."""
-    rows, metrics = score_table(predictions), compute_metrics(predictions)
-    if out is not None:
-        results = origin | {"metrics": metrics, "rows": rows}
-        write_atomic(Path(out, "results.json"), json.dumps(results, indent=1) + "\n")
-    print(results_table(rows, metrics))
-
-
-def check_results(cfg: Config) -> None:
-    """InputError if results of --predictions cannot go into --out: its own are of other ones."""
-    check_output(cfg.out, [], folder=True)
-    own = Path(cfg.out, "predictions.jsonl").resolve()
-    if own.exists() and own not in [Path(path).resolve() for path in cfg.predictions]:
-        raise InputError(f"{cfg.out} holds results of other predictions; choose another --out")
+    collect(Path(out), settings_of(cfg, ranks.device), wanted, make, cfg.fresh, ranks)
+    if ranks.rank == 0:
+        score_files([f"{out}/predictions.jsonl"], {"model": cfg.model}, out)
 
 
 def main(cfg: Config) -> None:
     """Score given predictions, judge single exchanges, or predict all of --data and score that."""
     if cfg.predictions:
-        if cfg.out is not None:
-            check_results(cfg)
-        predictions = read_predictions(cfg.predictions)
-        write_results(predictions, {"predictions": cfg.predictions}, cfg.out)
+        score_again(cfg)
         return
     ranks = start_ranks(cfg.device)
     if any(part is not None for part in (cfg.request, cfg.response, cfg.image)):
@@ -750,15 +699,11 @@ def main(cfg: Config) -> None:
             raise InputError("single exchanges are judged by one process: python, not torchrun")
         judge_all(cfg, ranks.device)
         return
-    if cfg.out is None:
-        cfg = replace(cfg, out="out/eval")
-    check_output(cfg.out, input_paths(cfg), folder=True)
-    for name in ("predictions.jsonl", "predictions.settings.json", "results.json"):
-        check_output(f"{cfg.out}/{name}", input_paths(cfg))
-    check_inputs(cfg)
-    with lock_output(cfg.out) if ranks.rank == 0 else nullcontext():
-        evaluate_files(cfg, ranks)
+    out = "out/eval" if cfg.out is None else cfg.out
+    check_paths(cfg, out, f"{out}/results.json")
+    with data.lock_output(out) if ranks.rank == 0 else nullcontext():
+        evaluate_files(cfg, out, ranks)
 
 
 if __name__ == "__main__":
-    cli(Config, main)
+    data.cli(Config, main)

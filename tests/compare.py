@@ -37,7 +37,6 @@ from evaluate import (  # noqa: E402
     AVERAGE,
     compute_metrics,
     confusion_cell,
-    f1_score,
     markdown,
     modality,
     read_predictions,
@@ -116,20 +115,23 @@ def score_by(predictions: list[dict], countings: dict[str, Counting]) -> list[di
     with AGAINST also the paired f1_difference, whose average is over the benchmarks that have both
     F1s."""
 
-    def resampled(group: list[dict], field: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        kinds = [tuple(count(p, field) for count in countings.values()) for p in group]
-        counts, f1s = resampled_counts(kinds, rng), {}
-        for i, name in enumerate(countings):
-            tp, fp, fn = (
-                sum(kind[i].count(cell) * number for kind, number in counts.items())
-                for cell in ("tp", "fp", "fn")
-            )
-            f1s[name] = f1_score(tp, fp, fn)
-        if "f1_against" in f1s:
-            f1s["f1_difference"] = f1s["f1"] - f1s["f1_against"]
-        return f1s
+    names = [*countings]
+    if "f1_against" in countings:
+        names.append("f1_difference")
 
-    return score_table(predictions, resampled)
+    def f1s_of(group: list[dict], field: str, rng: np.random.Generator) -> np.ndarray:
+        rows = [tuple(count(p, field) for count in countings.values()) for p in group]
+        kinds, numbers = resampled_counts(rows, rng)
+        f1s = []
+        for cells in zip(*kinds):  # of every kind, in one way to count
+            tp, fp, fn = (numbers @ [of.count(c) for of in cells] for c in ("tp", "fp", "fn"))
+            with np.errstate(invalid="ignore"):  # 0 / 0
+                f1s.append(100 * 2 * tp / (2 * tp + fp + fn))
+        if "f1_against" in countings:
+            f1s.append(f1s[0] - f1s[1])
+        return np.array(f1s)
+
+    return score_table(predictions, names, f1s_of)
 
 
 # -------------------------------------------------- other predictions, and published numbers
