@@ -31,7 +31,7 @@ from PIL import Image
 
 import data
 import evaluate
-from data import Encoder, InputError, Sample, option, place_image
+from data import Encoder, InputError, Sample, open_image, option, place_image
 from model import QwenVL, Ranks, generate, start_ranks
 from reward import HARMFUL, UNHARMFUL, parse
 
@@ -103,20 +103,18 @@ def mine(
 
 def right_counts_table(samples: list[Sample], right: list[int], k: int) -> str:
     """A Markdown table: how many rows of each modality have 0 .. k right outputs."""
-    rows = {name: {"right outputs": name} for name in evaluate.MODALITIES}
     counts = Counter((sample.modality, n) for sample, n in zip(samples, right))
-    for name, row in rows.items():
-        row |= {str(n): counts[name, n] for n in range(k + 1)}
-    return evaluate.markdown(list(rows.values()), ["right outputs", *map(str, range(k + 1))])
+    rows = []
+    for name in evaluate.MODALITIES:
+        rows.append({"right outputs": name, **{str(n): counts[name, n] for n in range(k + 1)}})
+    return evaluate.markdown(rows, list(rows[0]))
 
 
 def select_rl_rows(
     samples: list[Sample], right: list[int], rng: random.Random, cfg: Config
 ) -> list[Sample]:
     """The rows of the RL set before concatenation, in random order: hard ones, and a share of any.
-
-    right: how many outputs of each sample are right.
-    """
+    right: how many outputs of each sample are right."""
     hard = []
     for i, sample in enumerate(samples):
         always = cfg.keep_images and sample.modality == "image"
@@ -175,9 +173,7 @@ def concatenate(first: Sample, second: Sample) -> Sample:
     images = [s.image for s in (first, second) if s.image is not None]
     if len(images) == 2:
         file = io.BytesIO()
-        merge_images(data.open_image(first.image_path), data.open_image(second.image_path)).save(
-            file, "PNG"
-        )
+        merge_images(open_image(first.image_path), open_image(second.image_path)).save(file, "PNG")
         images = [place_image({"bytes": file.getvalue()}, first.folder, first.folder)]
     response_labels = [s.response_label for s in (first, second) if s.response is not None]
     return Sample(
@@ -224,10 +220,9 @@ def mine_all(cfg: Config, ranks: Ranks, parts: Path) -> list[tuple[Sample, list[
     """On rank 0 (sample, its outputs) of every labelled sample; mined now if `parts` lacks them."""
     pairs, files = [], {}
     for fields, sample in evaluate.read_pairs(cfg, parts):
-        if files.setdefault(sample.id, fields["file"]) != fields["file"]:
-            raise InputError(
-                f"{fields['file']}: {sample.id}: another file of --data has this id, too"
-            )
+        file = fields["file"]
+        if files.setdefault(sample.id, file) != file:
+            raise InputError(f"{file}: {sample.id}: another file of --data has this id, too")
         if sample.request_label or sample.response_label:
             pairs.append((fields, sample))
     if not pairs:

@@ -580,8 +580,8 @@ def read_pairs(cfg, folder: Path) -> list[tuple[dict, Sample]]:
     pairs = []
     for path in data.regular_files(cfg.data):
         file = os.path.relpath(Path(path).resolve(), folder.resolve())
-        samples = data.read_samples([path], cfg.skip_bad)
-        pairs += [(sample_fields(file, sample), sample) for sample in samples]
+        for sample in data.read_samples([path], cfg.skip_bad):
+            pairs.append((sample_fields(file, sample), sample))
     return pairs
 
 
