@@ -471,27 +471,33 @@ def exchange_key(record: dict) -> str:
 def record_files(folder: Path) -> list[Path]:
     """The files of records in a folder, by their exact names; those of ranks are merged later."""
     name = re.compile(r"predictions(\.rank\d+)?\.jsonl")
-    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
+    return sorted(path for path in folder.glob("*.jsonl") if name.fullmatch(path.name))
 
 
 def read_folder(folder: Path) -> dict[str, dict]:
     """All records in a folder by exchange_key; but a last line that a kill has torn is left out."""
     records = {}
     for path in record_files(folder):
-        records |= {
-            exchange_key(record): record for record in data.read_records(path, ("file", "id"))
-        }
+        records |= {exchange_key(r): r for r in data.read_records(path, ("file", "id"))}
     return records
 
 
-def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) -> None:
-    """Make `folder` ready for records of `wanted` (fields by exchange_key). InputError if those in
-    it are of other settings, or of data files that `wanted` does not hold."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        for path in record_files(folder):
+def merge_files(folder: Path, records: dict[str, dict], wanted: dict[str, dict]) -> list[dict]:
+    """Put those of the records that are wanted (fields by exchange_key), which are returned, in
+    this order into predictions.jsonl; no other file of records is left."""
+    done = [records[key] | fields for key, fields in wanted.items() if key in records]
+    data.write_samples(folder / "predictions.jsonl", done)
+    for path in record_files(folder):
+        if path.name != "predictions.jsonl":
             path.unlink()
-    records, header = read_folder(folder), folder / "predictions.settings.json"
+    return done
+
+
+def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) -> None:
+    """Make `folder` ready for records of `wanted` (fields by exchange_key), and drop others of the
+    same data files. InputError if it holds records of other files, or of other settings."""
+    records = {} if fresh else read_folder(folder)
+    header = folder / "predictions.settings.json"
     advice = "choose another --out, or drop them with --fresh"
     before = data.read_json(header) if records and header.is_file() else {}
     changed = ", ".join(data.changed_inputs(before, settings))
@@ -503,19 +509,8 @@ def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) 
         if key not in wanted and str(record["file"]) not in files:
             problem = f"it holds records of {record['file']}; name that in --data, too"
             raise InputError(f"{folder}: {problem}, {advice}")
+    merge_files(folder, records, wanted)  # before the settings: old records never get new ones
     data.write_atomic(header, json.dumps(settings, indent=1) + "\n")
-
-
-def merge_files(folder: Path, wanted: dict[str, dict]) -> dict[str, dict]:
-    """Put those records of `wanted` (fields by exchange_key) that are there, in this order, into
-    predictions.jsonl; no other file of records is left. Returns them by exchange_key."""
-    records = read_folder(folder)
-    done = {key: records[key] | fields for key, fields in wanted.items() if key in records}
-    data.write_samples(folder / "predictions.jsonl", done.values())
-    for path in record_files(folder):
-        if path.name != "predictions.jsonl":
-            path.unlink()
-    return done
 
 
 def collect(
@@ -534,10 +529,9 @@ def collect(
             files = f"{same['file']} and in {fields['file']}"
             raise InputError(f"{fields['id']} is the same sample in {files}; leave one of them out")
 
-    # 1. See what is there. Nobody reads before it is merged; nobody writes before all have read.
+    # 1. See what is there. Nobody reads before it is ready; nobody writes before all have read.
     if ranks.rank == 0:
         prepare(folder, settings, by_key, fresh)
-        merge_files(folder, by_key)
     ranks.barrier()
     done = read_folder(folder)
     ranks.barrier()
@@ -554,12 +548,13 @@ def collect(
     # 3. Rank 0 puts all records into one file.
     if ranks.rank > 0:
         return []
-    records = merge_files(folder, by_key)
+    records = read_folder(folder)
     lost = [fields["id"] for key, fields in by_key.items() if key not in records]
+    merged = merge_files(folder, records, by_key)
     if lost:
         problem = f"{len(lost)} of {len(wanted)} records were not made, the first is that of"
         raise InputError(f"{folder}: {problem} {lost[0]}; the same command again makes them")
-    return list(records.values())
+    return merged
 
 
 # -------------------------------------------------- the stage: from flags to files
