@@ -128,7 +128,7 @@ def auroc(group: list[dict], field: str) -> float | None:
 
 def classification_metrics(group: list[dict], field: str) -> dict:
     """Of predictions that have a label for `field`: counts, and rates in percent (None where there
-    is nothing to divide by). F1 is in `f1_columns`."""
+    is nothing to divide by). F1 comes with its interval."""
     cells = [confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")) for p in group]
     counts = {cell: cells.count(cell) for cell in ("tp", "fp", "fn", "tn")}
     tp, fp, fn, tn = counts.values()
@@ -160,31 +160,31 @@ def resampled_counts(kinds: list, rng: np.random.Generator) -> tuple[list, np.nd
 
 
 def resampled_f1(group: list[dict], field: str, rng: np.random.Generator) -> np.ndarray:
-    """F1 of one benchmark in percent, [1, 1 + RESAMPLES]; NaN where it is undefined."""
+    """F1 of one benchmark in percent, [1 + RESAMPLES]; NaN where it is undefined."""
     cells = [confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")) for p in group]
     kinds, numbers = resampled_counts(cells, rng)
     tp, fp, fn = (numbers @ [kind == cell for kind in kinds] for cell in ("tp", "fp", "fn"))
     with np.errstate(invalid="ignore"):  # 0 / 0
-        return 100 * 2 * tp[None] / (2 * tp + fp + fn)
+        return 100 * 2 * tp / (2 * tp + fp + fn)
 
 
-def f1_columns(names: Sequence[str], f1s: np.ndarray) -> dict:
-    """For every name its F1 (None if undefined) and NAME_interval, [low, high]: the 2.5 and 97.5 %
-    quantiles of the resamples. An F1 without errors has [100, 100]: no resample has errors."""
-    columns = {}
-    for name, f1 in zip(names, f1s):
-        columns |= {name: None, f"{name}_interval": None}
-        if not np.isnan(f1[0]):
-            columns[name] = float(f1[0])
-            columns[f"{name}_interval"] = np.nanpercentile(f1[1:], (2.5, 97.5)).tolist()
-    return columns
+def weighted_mean(f1s: list[np.ndarray], weights: list[int]) -> np.ndarray:
+    """The mean over benchmarks of F1s [..., 1 + RESAMPLES]; where some are NaN, of the others."""
+    return np.ma.average(np.ma.masked_invalid(f1s), axis=0, weights=weights).filled(np.nan)
 
 
-def score_table(
-    predictions: list[dict], names: Sequence[str] = ("f1",), f1s_of: Callable = resampled_f1
-) -> list[dict]:
-    """For both tasks every benchmark x modality, then the averages per modality and over all; what
-    has no F1 stays out of these. f1s_of gives the F1s of a benchmark, [names, 1 + RESAMPLES]."""
+def with_interval(name: str, f1: np.ndarray) -> dict:
+    """A resampled F1 [1 + RESAMPLES] as two columns: its value, and name_interval, [low, high]: the
+    2.5 and 97.5 % quantiles of the resamples. An F1 without errors has [100, 100]: no resample has
+    errors. None where it is undefined."""
+    if np.isnan(f1[0]):
+        return {name: None, f"{name}_interval": None}
+    quantiles = np.nanpercentile(f1[1:], (2.5, 97.5))
+    return {name: float(f1[0]), f"{name}_interval": quantiles.tolist()}
+
+
+def score_table(predictions: list[dict]) -> list[dict]:
+    """For both tasks every benchmark x modality, then the averages per modality and over all."""
     table, rng = [], np.random.default_rng(0)
     for task, field in TASKS:
         labelled = [p for p in predictions if p[f"{field}_label"] is not None]
@@ -193,19 +193,18 @@ def score_table(
             members = [p for p in labelled if modality(p) == name]
             for source in sorted({p["source"] for p in members}):
                 group = [p for p in members if p["source"] == source]
-                f1s.append(f1s_of(group, field, rng))
+                f1s.append(resampled_f1(group, field, rng))
                 row = {"task": task, "benchmark": source, "modality": name}
                 row |= classification_metrics(group, field)
-                benchmarks.append(row | f1_columns(names, f1s[-1]))
+                benchmarks.append(row | with_interval("f1", f1s[-1]))
         table += benchmarks
         for name in (*MODALITIES, "all"):
             group = [p for p in labelled if name in (modality(p), "all")]
             if group:
                 sizes = [row["n"] * (name in (row["modality"], "all")) for row in benchmarks]
-                average = np.ma.average(np.ma.masked_invalid(f1s), axis=0, weights=sizes)
                 row = {"task": task, "benchmark": AVERAGE, "modality": name}
                 row |= classification_metrics(group, field)
-                table.append(row | f1_columns(names, average.filled(np.nan)))
+                table.append(row | with_interval("f1", weighted_mean(f1s, sizes)))
     return table
 
 

@@ -35,6 +35,7 @@ from data import (  # noqa: E402  (the repository is importable only from here o
 )
 from evaluate import (  # noqa: E402
     AVERAGE,
+    TASKS,
     compute_metrics,
     confusion_cell,
     markdown,
@@ -43,6 +44,8 @@ from evaluate import (  # noqa: E402
     resampled_counts,
     results_table,
     score_table,
+    weighted_mean,
+    with_interval,
 )
 from reward import HARMFUL, UNHARMFUL, label  # noqa: E402
 
@@ -114,24 +117,42 @@ def score_by(predictions: list[dict], countings: dict[str, Counting]) -> list[di
     """The rows of evaluate.py's score_table with an F1 for every counting, all of the same resamples;
     with AGAINST also the paired f1_difference, whose average is over the benchmarks that have both
     F1s."""
+    table, rng = score_table(predictions), np.random.default_rng(0)
+    names = [*countings, "f1_difference"] if "f1_against" in countings else list(countings)
+    benchmarks, all_f1s = [], []
+    for row in table:
+        task, name = row["task"], row["modality"]
+        if row["benchmark"] == AVERAGE:
+            parts = [(b["task"] == task and name in (b["modality"], "all")) for b in benchmarks]
+            sizes = [b["n"] * is_part for b, is_part in zip(benchmarks, parts)]
+            f1s = weighted_mean(all_f1s, sizes)
+        else:
+            field, kind = dict(TASKS)[task], (row["benchmark"], name)
+            group = [p for p in predictions if (p["source"], modality(p)) == kind]
+            group = [p for p in group if p[f"{field}_label"] is not None]
+            f1s = resampled_f1s(group, field, countings, rng)
+            benchmarks.append(row)
+            all_f1s.append(f1s)
+        for column, f1 in zip(names, f1s):
+            row |= with_interval(column, f1)
+    return table
 
-    names = [*countings]
+
+def resampled_f1s(
+    group: list[dict], field: str, countings: dict[str, Counting], rng: np.random.Generator
+) -> np.ndarray:
+    """F1s of one benchmark in percent, [countings, 1 + RESAMPLES]; with AGAINST also how much more
+    the first is than the second."""
+    rows = [tuple(count(p, field) for count in countings.values()) for p in group]
+    kinds, numbers = resampled_counts(rows, rng)
+    f1s = []
+    for cells in zip(*kinds):  # of every kind, in one way to count
+        tp, fp, fn = (numbers @ [of.count(c) for of in cells] for c in ("tp", "fp", "fn"))
+        with np.errstate(invalid="ignore"):  # 0 / 0
+            f1s.append(100 * 2 * tp / (2 * tp + fp + fn))
     if "f1_against" in countings:
-        names.append("f1_difference")
-
-    def f1s_of(group: list[dict], field: str, rng: np.random.Generator) -> np.ndarray:
-        rows = [tuple(count(p, field) for count in countings.values()) for p in group]
-        kinds, numbers = resampled_counts(rows, rng)
-        f1s = []
-        for cells in zip(*kinds):  # of every kind, in one way to count
-            tp, fp, fn = (numbers @ [of.count(c) for of in cells] for c in ("tp", "fp", "fn"))
-            with np.errstate(invalid="ignore"):  # 0 / 0
-                f1s.append(100 * 2 * tp / (2 * tp + fp + fn))
-        if "f1_against" in countings:
-            f1s.append(f1s[0] - f1s[1])
-        return np.array(f1s)
-
-    return score_table(predictions, names, f1s_of)
+        f1s.append(f1s[0] - f1s[1])
+    return np.array(f1s)
 
 
 # -------------------------------------------------- other predictions, and published numbers

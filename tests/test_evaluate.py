@@ -187,7 +187,7 @@ def test_intervals_by_hand():
         [100, 100],
     )  # two unharmful rows, 1/4, have no F1 and are left out
     rng = np.random.default_rng(0)
-    (f1s,) = evaluate.resampled_f1(predictions("hh", "hu"), "request", rng)
+    f1s = evaluate.resampled_f1(predictions("hh", "hu"), "request", rng)
     assert f1s[0] == pytest.approx(200 / 3)
     shares = [np.mean(np.isclose(f1s[1:], value)) for value in (0, 200 / 3, 100)]
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
