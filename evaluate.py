@@ -22,7 +22,7 @@ to --data later; to score those of several DIRs in one table, give all their --p
     python evaluate.py --predictions out/eval/predictions.jsonl
     python evaluate.py --model out/guard --request "How do I bake bread?" [--response TEXT]
     python evaluate.py --model out/guard --request - --json < exchanges.jsonl
-    # ... whose lines are JSON objects with request, response, image, id (all optional)
+    # (a line is a JSON object with request, response, image: any path, id; all are optional)
 """
 
 import json
@@ -42,7 +42,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 import data
-from data import Encoder, InputError, Row, Sample, option
+from data import Encoder, InputError, Row, Sample, as_input_error, option, read_records
 from model import QwenVL, Ranks, choose_dtype, generate, load, start_ranks
 from reward import HARMFUL, UNHARMFUL, Verdict, parse
 
@@ -170,13 +170,13 @@ def resampled_f1(group: list[dict], field: str, rng: np.random.Generator) -> np.
 
 def weighted_mean(f1s: list[np.ndarray], weights: list[int]) -> np.ndarray:
     """The mean over benchmarks of F1s [..., 1 + RESAMPLES]; where some are NaN, of the others."""
-    return np.ma.average(np.ma.masked_invalid(f1s), axis=0, weights=weights).filled(np.nan)
+    known = np.ma.masked_invalid(f1s)
+    return np.ma.average(known, axis=0, weights=weights).filled(np.nan)
 
 
 def with_interval(name: str, f1: np.ndarray) -> dict:
-    """A resampled F1 [1 + RESAMPLES] as two columns: its value, and name_interval, [low, high]: the
-    2.5 and 97.5 % quantiles of the resamples. An F1 without errors has [100, 100]: no resample has
-    errors. None where it is undefined."""
+    """Columns for a resampled F1: its value, and name_interval, the 2.5 and 97.5 % quantiles of the
+    resamples ([100, 100] of an F1 without errors, which no resample has); None if undefined."""
     if np.isnan(f1[0]):
         return {name: None, f"{name}_interval": None}
     quantiles = np.nanpercentile(f1[1:], (2.5, 97.5))
@@ -308,7 +308,8 @@ def probabilities(
                 labels.append((number, task))
                 positions.append(length + len(output.prompt) + counts[task] - 1)
         if counts:
-            rows.append(output.prompt.extend([output.ids[: max(counts.values())]]))
+            last = max(counts.values())
+            rows.append(output.prompt.extend([output.ids[:last]]))
             length += len(rows[-1])
     if not rows:
         return found
@@ -318,7 +319,8 @@ def probabilities(
     hidden = model.hidden(rows[0].join(*rows[1:]))[positions]  # [labels, D]
     logits = hidden.float() @ model.head[first].float().T  # [labels, 2]
     # 3. A softmax over the two words.
-    for (number, task), p in zip(labels, logits.softmax(-1)[:, 0].tolist()):
+    p_harmful = logits.softmax(-1)[:, 0].tolist()
+    for (number, task), p in zip(labels, p_harmful):
         found[number][task] = p
     return found
 
@@ -392,14 +394,14 @@ def evaluate_samples(
 
 
 def read_exchange(row: Any) -> Sample:
-    """The sample in a decoded JSON object with request, response, image (any path) and id, all of
-    them optional; null is as if absent. InputError."""
+    """The sample in a decoded JSON object, as the file's opening says; null is as if absent."""
     folder = Path()
     if isinstance(row, dict):
         given = {name: value for name, value in row.items() if value is not None}
         row = {"id": "exchange", "source": "exchange", "request": "", **given}
         if isinstance(row.get("image"), str):
-            folder, row["image"] = Path(row["image"]).parent, Path(row["image"]).name
+            image = Path(row["image"])
+            folder, row["image"] = image.parent, image.name
     return data.from_json(row, folder)
 
 
@@ -437,7 +439,7 @@ def judge_all(cfg: Config, device: torch.device) -> None:
         if not line.strip():
             continue
         try:
-            with data.as_input_error("not valid JSON", ValueError, RecursionError):
+            with as_input_error("not valid JSON", ValueError, RecursionError):
                 row = json.loads(line.decode("utf-8-sig"))
             judge(*guard, read_exchange(row), cfg)
         except InputError as error:
@@ -461,8 +463,7 @@ def sample_fields(file: str, sample: Sample) -> dict:
 
 
 def exchange_key(record: dict) -> str:
-    """Equal for records of the same exchange, whatever its file and labels: a record is made again
-    when any of this has changed, the size or time of the image included."""
+    """Equal for records of the same exchange, whatever its file and labels."""
     names = ("source", "id", "request", "response", "image", "image_stamp")
     return json.dumps([record.get(name) for name in names])
 
@@ -477,7 +478,8 @@ def read_folder(folder: Path) -> dict[str, dict]:
     """All records in a folder by exchange_key; but a last line that a kill has torn is left out."""
     records = {}
     for path in record_files(folder):
-        records |= {exchange_key(r): r for r in data.read_records(path, ("file", "id"))}
+        for record in read_records(path, ("file", "id")):
+            records[exchange_key(record)] = record
     return records
 
 
@@ -562,7 +564,9 @@ def collect(
 def check_paths(cfg, folder: str, file: str) -> None:
     """InputError if an input is missing, or if the output folder, or a file that is written at the
     end, is an input or something else than that."""
-    inputs = [cfg.model, *cfg.data] + ([cfg.instruction] if cfg.instruction else [])
+    inputs = [cfg.model, *cfg.data]
+    if cfg.instruction:
+        inputs.append(cfg.instruction)
     data.check_output(file, inputs)
     data.check_output(folder, inputs, folder=True)
     data.check_inputs(cfg)
@@ -636,9 +640,9 @@ def read_predictions(paths: Iterable[str | Path]) -> list[dict]:
     """Predictions to score. InputError names the file and line of an invalid or repeated one."""
     predictions = {}
     for path in data.regular_files(paths):
-        for number, row in enumerate(data.read_records(Path(path), may_be_torn=False), 1):
+        for number, row in enumerate(read_records(Path(path), may_be_torn=False), 1):
             hint = "want source, id, labels, and output or both request_pred and response_pred"
-            with data.as_input_error(f"{path}:{number}: {hint}", ValueError, KeyError, TypeError):
+            with as_input_error(f"{path}:{number}: {hint}", ValueError, KeyError, TypeError):
                 p = check_prediction(row)
                 key = (p.get("file"), p["source"], p["id"])
                 if predictions.setdefault(key, p) is not p:
@@ -649,8 +653,7 @@ def read_predictions(paths: Iterable[str | Path]) -> list[dict]:
 
 
 def score_files(files: list[str], origin: dict, out: str | None) -> None:
-    """Print the table of predictions, and write results.json into a folder `out`, if there is one.
-    origin: what it says of where the predictions come from."""
+    """Print the table of predictions, and write it and their origin to results.json in `out`."""
     predictions = read_predictions(files)
     rows, metrics = score_table(predictions), compute_metrics(predictions)
     if out is not None:
@@ -664,7 +667,8 @@ def score_again(cfg: Config) -> None:
     if cfg.out is not None:
         data.check_output(cfg.out, [], folder=True)
         own = Path(cfg.out, "predictions.jsonl").resolve()
-        if own.exists() and own not in [Path(path).resolve() for path in cfg.predictions]:
+        files = [Path(path).resolve() for path in cfg.predictions]
+        if own.exists() and own not in files:
             raise InputError(f"{cfg.out} holds results of other predictions; choose another --out")
     score_files(cfg.predictions, {"predictions": cfg.predictions}, cfg.out)
 
@@ -688,7 +692,7 @@ def main(cfg: Config) -> None:
         score_again(cfg)
         return
     ranks = start_ranks(cfg.device)
-    if any(part is not None for part in (cfg.request, cfg.response, cfg.image)):
+    if (cfg.request, cfg.response, cfg.image) != (None, None, None):
         if ranks.world > 1:
             raise InputError("single exchanges are judged by one process: python, not torchrun")
         judge_all(cfg, ranks.device)
