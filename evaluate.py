@@ -316,7 +316,7 @@ def probabilities(
     # 2. Logits of the two words at these positions.
     words = [f" {word}" for word in (HARMFUL, UNHARMFUL)]
     first = [encoder.tokenizer.encode(word, add_special_tokens=False)[0] for word in words]
-    hidden = model.hidden(rows[0].join(*rows[1:]))[positions]  # [labels, D]
+    hidden = model.hidden(Row.join(*rows))[positions]  # [labels, D]
     logits = hidden.float() @ model.head[first].float().T  # [labels, 2]
     # 3. A softmax over the two words.
     p_harmful = logits.softmax(-1)[:, 0].tolist()
@@ -653,24 +653,19 @@ def read_predictions(paths: Iterable[str | Path]) -> list[dict]:
 
 
 def score_files(files: list[str], origin: dict, out: str | None) -> None:
-    """Print the table of predictions, and write it and their origin to results.json in `out`."""
+    """Print the table of predictions, and write it and their origin to results.json in `out`, if
+    there is one. InputError if that folder holds other predictions."""
+    if out is not None:
+        data.check_output(out, [], folder=True)
+        own = Path(out, "predictions.jsonl").resolve()
+        if own.exists() and own not in [Path(file).resolve() for file in files]:
+            raise InputError(f"{out} holds results of other predictions; choose another --out")
     predictions = read_predictions(files)
     rows, metrics = score_table(predictions), compute_metrics(predictions)
     if out is not None:
         results = origin | {"metrics": metrics, "rows": rows}
         data.write_atomic(Path(out, "results.json"), json.dumps(results, indent=1) + "\n")
     print(results_table(rows, metrics))
-
-
-def score_again(cfg: Config) -> None:
-    """Score --predictions. InputError if --out holds results of other ones."""
-    if cfg.out is not None:
-        data.check_output(cfg.out, [], folder=True)
-        own = Path(cfg.out, "predictions.jsonl").resolve()
-        files = [Path(path).resolve() for path in cfg.predictions]
-        if own.exists() and own not in files:
-            raise InputError(f"{cfg.out} holds results of other predictions; choose another --out")
-    score_files(cfg.predictions, {"predictions": cfg.predictions}, cfg.out)
 
 
 def evaluate_files(cfg: Config, out: str, ranks: Ranks) -> None:
@@ -689,7 +684,7 @@ def evaluate_files(cfg: Config, out: str, ranks: Ranks) -> None:
 def main(cfg: Config) -> None:
     """Score given predictions, judge single exchanges, or predict all of --data and score that."""
     if cfg.predictions:
-        score_again(cfg)
+        score_files(cfg.predictions, {"predictions": cfg.predictions}, cfg.out)
         return
     ranks = start_ranks(cfg.device)
     if (cfg.request, cfg.response, cfg.image) != (None, None, None):
