@@ -29,31 +29,9 @@ from typing import Literal
 
 from PIL import Image
 
-from data import (
-    Encoder,
-    InputError,
-    Sample,
-    check_inputs,
-    check_output,
-    cli,
-    lock_output,
-    open_image,
-    option,
-    place_image,
-    prefetch,
-    write_samples,
-)
-from evaluate import (
-    MODALITIES,
-    collect,
-    input_paths,
-    load_guard,
-    memory_advice,
-    read_pairs,
-    sample_fields,
-    sampling_flags,
-    settings_of,
-)
+import data
+import evaluate
+from data import Encoder, InputError, Sample, open_image, option, place_image
 from model import QwenVL, Ranks, generate, start_ranks
 from reward import HARMFUL, UNHARMFUL, parse
 
@@ -90,7 +68,7 @@ class Config:
 
     @property
     def to_save_memory(self) -> str:
-        return memory_advice(self.max_branches, self.samples, self.max_pixels)
+        return evaluate.memory_advice(self.max_branches, self.samples, self.max_pixels)
 
 
 # -------------------------------------------------- rejection sampling
@@ -110,13 +88,14 @@ def mine(
     too_long = []
 
     def prompts_within_limit() -> Iterator:
-        for i, row in zip(todo, prefetch(encoder.prompt, (samples[i] for i in todo))):
+        for i, row in zip(todo, data.prefetch(encoder.prompt, (samples[i] for i in todo))):
             if len(row) <= cfg.max_prompt_tokens:
                 yield i, row
             else:
                 too_long.append(i)
 
-    sampling = {"stop_ids": encoder.stop_ids, "banned": encoder.banned_ids, **sampling_flags(cfg)}
+    tokens = {"stop_ids": encoder.stop_ids, "banned": encoder.banned_ids}
+    sampling = tokens | evaluate.sampling_flags(cfg)
     for i, completions in generate(model, prompts_within_limit(), cfg.samples, **sampling):
         yield i, {"outputs": [encoder.decode(completion.ids) for completion in completions]}
     yield from ((i, {"outputs": []}) for i in too_long)
@@ -125,18 +104,17 @@ def mine(
 def right_counts_table(samples: list[Sample], right: list[int], k: int) -> str:
     """A Markdown table: how many rows of each modality have 0 .. k right outputs."""
     counts = Counter((sample.modality, n) for sample, n in zip(samples, right))
-    lines = [["right outputs", *range(k + 1)], ["---"] * (k + 2)]
-    lines += [[name, *(counts[name, n] for n in range(k + 1))] for name in MODALITIES]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    rows = []
+    for name in evaluate.MODALITIES:
+        rows.append({"right outputs": name, **{str(n): counts[name, n] for n in range(k + 1)}})
+    return evaluate.markdown(rows, list(rows[0]))
 
 
 def select_rl_rows(
     samples: list[Sample], right: list[int], rng: random.Random, cfg: Config
 ) -> list[Sample]:
     """The rows of the RL set before concatenation, in random order: hard ones, and a share of any.
-
-    right: how many outputs of each sample are right.
-    """
+    right: how many outputs of each sample are right."""
     hard = []
     for i, sample in enumerate(samples):
         always = cfg.keep_images and sample.modality == "image"
@@ -238,39 +216,33 @@ def concatenations(
 # -------------------------------------------------- the stage
 
 
-def read_labelled(cfg: Config, folder: Path) -> list[tuple[str, Sample]]:
-    """read_pairs of the rows that have a label. InputError if an id is there twice."""
-    pairs, files = read_pairs(cfg, folder), {}
-    for file, sample in pairs:
-        if files.setdefault(sample.id, file) != file:
-            raise InputError(f"{file}: {sample.id}: another file of --data has this id, too")
-    pairs = [(file, s) for file, s in pairs if s.request_label or s.response_label]
-    if not pairs:
-        raise InputError(f"{', '.join(cfg.data)}: no sample has a label to be right about")
-    return pairs
-
-
 def mine_all(cfg: Config, ranks: Ranks, parts: Path) -> list[tuple[Sample, list[str]]]:
     """On rank 0 (sample, its outputs) of every labelled sample; mined now if `parts` lacks them."""
-    pairs = read_labelled(cfg, parts)
-    samples = [sample for _, sample in pairs]
+    pairs, files = [], {}
+    for fields, sample in evaluate.read_pairs(cfg, parts):
+        file = fields["file"]
+        if files.setdefault(sample.id, file) != file:
+            raise InputError(f"{file}: {sample.id}: another file of --data has this id, too")
+        if sample.request_label or sample.response_label:
+            pairs.append((fields, sample))
+    if not pairs:
+        raise InputError(f"{', '.join(cfg.data)}: no sample has a label to be right about")
+    wanted, samples = zip(*pairs)
 
     def make(todo: list[int]) -> Iterator[tuple[int, dict]]:
-        yield from mine(*load_guard(cfg, ranks.device), samples, todo, cfg)
+        yield from mine(*evaluate.load_guard(cfg, ranks.device), samples, todo, cfg)
 
-    settings = settings_of(cfg, ranks.device, "samples", "max_prompt_tokens")
-    wanted = [sample_fields(*pair) for pair in pairs]
-    records = collect(parts, settings, wanted, make, cfg.fresh, ranks)
-    if ranks.rank > 0:
-        return []
-    mined = [(sample, records[file, sample.id].get("outputs")) for file, sample in pairs]
-    for number, (sample, outputs) in enumerate(mined, 1):
+    settings = evaluate.settings_of(cfg, ranks.device)
+    settings |= {"samples": cfg.samples, "max_prompt_tokens": cfg.max_prompt_tokens}
+    records = evaluate.collect(parts, settings, wanted, make, cfg.fresh, ranks)
+    for number, record in enumerate(records, 1):
+        outputs = record.get("outputs")
         if not isinstance(outputs, list) or not all(isinstance(text, str) for text in outputs):
             raise InputError(
-                f"{parts}/predictions.jsonl:{number}: {sample.id}: its outputs are no list of "
+                f"{parts}/predictions.jsonl:{number}: {record['id']}: its outputs are no list of "
                 "texts; remove the line, or start over with --fresh"
             )
-    return mined
+    return [(sample, record["outputs"]) for sample, record in zip(samples, records)]
 
 
 def write_rl_set(cfg: Config, mined: list[tuple[Sample, list[str]]]) -> None:
@@ -295,7 +267,7 @@ def write_rl_set(cfg: Config, mined: list[tuple[Sample, list[str]]]) -> None:
     encoder = Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
     count = round(len(rows) * cfg.augmented_share / (1 - cfg.augmented_share))
     joined = list(concatenations(rows, count, rng, encoder, cfg.max_prompt_tokens))
-    write_samples(cfg.out, rows + joined)
+    data.write_samples(cfg.out, rows + joined)
     print(
         f"{cfg.out}: {len(rows)} chosen of {len(samples)} rows "
         f"({len(mined) - len(samples)} too long), {len(joined)} of {count} concatenated"
@@ -307,14 +279,12 @@ def main(cfg: Config) -> None:
     if not 0 <= cfg.augmented_share < 1 or not 0 <= cfg.random_share <= 1:
         raise InputError("--augmented-share must be in [0, 1), --random-share in [0, 1]")
     ranks, parts = start_ranks(cfg.device), Path(f"{cfg.out}.parts")
-    check_output(cfg.out, input_paths(cfg))
-    check_output(str(parts), input_paths(cfg), folder=True)
-    check_inputs(cfg)
-    with lock_output(cfg.out) if ranks.rank == 0 else nullcontext():
+    evaluate.check_paths(cfg, str(parts), cfg.out)
+    with data.lock_output(cfg.out) if ranks.rank == 0 else nullcontext():
         mined = mine_all(cfg, ranks, parts)
         if ranks.rank == 0:
             write_rl_set(cfg, mined)
 
 
 if __name__ == "__main__":
-    cli(Config, main)
+    data.cli(Config, main)

@@ -19,12 +19,12 @@ run is refused. A sample whose text or image has changed is done again. More ben
 to --data later; to score those of several DIRs in one table, give all their --predictions.
 
     torchrun evaluate.py --model out/guard --data data/test.jsonl --out out/eval
-    python evaluate.py --predictions out/eval/predictions.jsonl [--against OTHER.jsonl]
+    python evaluate.py --predictions out/eval/predictions.jsonl
     python evaluate.py --model out/guard --request "How do I bake bread?" [--response TEXT]
     python evaluate.py --model out/guard --request - --json < exchanges.jsonl
+    # (a line is a JSON object with request, response, image: any path, id; all are optional)
 """
 
-import codecs
 import json
 import os
 import re
@@ -35,51 +35,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 
-from data import (
-    Encoder,
-    InputError,
-    Row,
-    Sample,
-    append_records,
-    as_input_error,
-    changed_inputs,
-    check_inputs,
-    check_output,
-    check_unique,
-    cli,
-    content_digest,
-    from_json,
-    halved,
-    image_stamp,
-    lock_output,
-    model_digests,
-    option,
-    prefetch,
-    progress,
-    read_json,
-    read_records,
-    read_samples,
-    regular_files,
-    saving_memory,
-    to_json,
-    write_atomic,
-    write_samples,
-)
+import data
+from data import Encoder, InputError, Row, Sample, as_input_error, option, read_records
 from model import QwenVL, Ranks, choose_dtype, generate, load, start_ranks
-from reward import HARMFUL, UNHARMFUL, Verdict, label, parse
+from reward import HARMFUL, UNHARMFUL, Verdict, parse
 
 TASKS = (("prompt", "request"), ("response", "response"))  # (the paper's word, our field)
 MODALITIES = ("text", "image", "text_image")
 AVERAGE = "average"  # in the place of a benchmark's name
 PACK_TOKENS = 8192  # of finished outputs that get their P(harmful) in one forward pass
 RESAMPLES = 4000  # of the rows of a benchmark, for the interval of its F1
-PUBLISHED = Path(__file__).resolve().parent / "tests" / "published.json"
 
 
 @dataclass(frozen=True)
@@ -87,25 +58,14 @@ class Config:
     model: str = option("out/guard", "checkpoint or hub id", group="what it reads and writes")
     data: list[str] = option(["data/test.jsonl"], "labelled samples")
     out: str | None = option(None, "folder to write to (default: out/eval; --predictions: none)")
-    predictions: list[str] = option(
-        [], "score these files again, without a model; results.json only goes into a given --out"
-    )
+    predictions: list[str] = option([], "score these again, without a model, into --out if given")
     fresh: bool = option(False, "drop the predictions of an earlier run")
     instruction: str | None = option(None, "file that replaces the system instruction")
     min_pixels: int | None = option(None, "smallest image area; default: the checkpoint's")
     max_pixels: int | None = option(None, "largest image area; default: the checkpoint's")
     skip_bad: bool = option(False, "set bad rows aside instead of stopping at the first")
 
-    against: list[str] = option([], "other predictions: differences to them", group="comparisons")
-    release_counting: bool = option(False, "F1 also as the released scripts count it")
-    published: bool = option(False, "also print the paper's F1 of the same benchmarks")
-
-    request: str | None = option(
-        None,
-        "the person's text; or - for exchanges on standard input, as JSON lines with request, "
-        "response, image, id (all optional)",
-        group="judge one exchange",
-    )
+    request: str | None = option(None, "a text, or - for standard input", group="judge exchanges")
     response: str | None = option(None, "the AI's answer, if there is one")
     image: str | None = option(None, "the person's image")
     json: bool = option(False, "print each judged exchange as one JSON object")
@@ -168,7 +128,7 @@ def auroc(group: list[dict], field: str) -> float | None:
 
 def classification_metrics(group: list[dict], field: str) -> dict:
     """Of predictions that have a label for `field`: counts, and rates in percent (None where there
-    is nothing to divide by). F1 is in `f1_columns`."""
+    is nothing to divide by). F1 comes with its interval."""
     cells = [confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")) for p in group]
     counts = {cell: cells.count(cell) for cell in ("tp", "fp", "fn", "tn")}
     tp, fp, fn, tn = counts.values()
@@ -189,89 +149,62 @@ def classification_metrics(group: list[dict], field: str) -> dict:
     }
 
 
-# The confusion cells that a prediction with a label for a field adds to.
-Counting = Callable[[dict, str], tuple[str, ...]]
+def resampled_counts(kinds: list, rng: np.random.Generator) -> tuple[list, np.ndarray]:
+    """The distinct kinds of some rows, and how many rows are of each, [1 + RESAMPLES, kinds]: first
+    of the rows as they are, then of resamples of them (bootstrap). These numbers are multinomial,
+    so that no rows need be drawn."""
+    counts = Counter(kinds)
+    sizes = np.array(list(counts.values()))
+    drawn = rng.multinomial(len(kinds), sizes / len(kinds), RESAMPLES)
+    return list(counts), np.vstack([sizes, drawn])
 
 
-def our_cells(p: dict, field: str) -> tuple[str, ...]:
-    """A row counts once."""
-    return (confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")),)
-
-
-OURS = {"f1": our_cells}
-
-
-def resampled_f1(cells: list[tuple[tuple[str, ...], ...]], rng: np.random.Generator) -> np.ndarray:
-    """F1 of one benchmark in percent, [countings, 1 + RESAMPLES]: first of its rows as they are,
-    then of resamples of its rows (bootstrap); NaN where undefined.
-
-    cells: of each row and counting. How often the rows of one kind, with equal cells, are drawn is
-    multinomial, so that no rows need be drawn; all countings see the same resamples.
-    """
-    kinds = Counter(cells)
-    counts = np.array(list(kinds.values()))
-    resamples = rng.multinomial(len(cells), counts / len(cells), RESAMPLES)
-    drawn = np.vstack([counts, resamples])  # [1 + RESAMPLES, kinds]
-    f1s = []
-    for of_kinds in zip(*kinds):  # the cells of every kind in one counting
-        hits = drawn @ [2 * kind.count("tp") for kind in of_kinds]
-        errors = drawn @ [kind.count("fp") + kind.count("fn") for kind in of_kinds]
-        with np.errstate(invalid="ignore"):  # 0 / 0
-            f1s.append(100 * hits / (hits + errors))
-    return np.array(f1s)
-
-
-def weighted_f1(f1s: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Mean over benchmarks, weighted by their scored rows [benchmarks]; what has no F1 stays out.
-    f1s: [benchmarks, countings, 1 + RESAMPLES]."""
-    weights = sizes[:, None, None] * ~np.isnan(f1s)
+def resampled_f1(group: list[dict], field: str, rng: np.random.Generator) -> np.ndarray:
+    """F1 of one benchmark in percent, [1 + RESAMPLES]; NaN where it is undefined."""
+    cells = [confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")) for p in group]
+    kinds, numbers = resampled_counts(cells, rng)
+    tp, fp, fn = (numbers @ [kind == cell for kind in kinds] for cell in ("tp", "fp", "fn"))
     with np.errstate(invalid="ignore"):  # 0 / 0
-        return np.nansum(weights * f1s, axis=0) / weights.sum(axis=0)
+        return 100 * 2 * tp / (2 * tp + fp + fn)
 
 
-def f1_columns(names: Iterable[str], f1s: np.ndarray) -> dict:
-    """For every name its F1 (None if undefined) and NAME_interval, [low, high]: the 2.5 and 97.5 %
-    quantiles of the resamples. An F1 without errors has [100, 100]: no resample has errors."""
-    columns = {}
-    for name, f1 in zip(names, f1s):
-        columns |= {name: None, f"{name}_interval": None}
-        if not np.isnan(f1[0]):
-            columns[name] = float(f1[0])
-            columns[f"{name}_interval"] = np.nanpercentile(f1[1:], (2.5, 97.5)).tolist()
-    return columns
+def weighted_mean(f1s: list[np.ndarray], weights: list[int]) -> np.ndarray:
+    """The mean over benchmarks of F1s [..., 1 + RESAMPLES]; where some are NaN, of the others."""
+    known = np.ma.masked_invalid(f1s)
+    return np.ma.average(known, axis=0, weights=weights).filled(np.nan)
 
 
-def score_table(predictions: list[dict], countings: dict[str, Counting] = OURS) -> list[dict]:
-    """For both tasks every benchmark x modality, then the averages per modality and over all.
-    countings: {column of F1: how its rows are counted}; with AGAINST there is also
-    the paired f1_difference, whose average is over the benchmarks that have both F1s."""
+def with_interval(name: str, f1: np.ndarray) -> dict:
+    """Columns for a resampled F1: its value, and name_interval, the 2.5 and 97.5 % quantiles of the
+    resamples ([100, 100] of an F1 without errors, which no resample has); None if undefined."""
+    if np.isnan(f1[0]):
+        return {name: None, f"{name}_interval": None}
+    quantiles = np.nanpercentile(f1[1:], (2.5, 97.5))
+    return {name: float(f1[0]), f"{name}_interval": quantiles.tolist()}
+
+
+def score_table(predictions: list[dict]) -> list[dict]:
+    """For both tasks every benchmark x modality, then the averages per modality and over all."""
     table, rng = [], np.random.default_rng(0)
-    names = [*countings, "f1_difference"] if "f1_against" in countings else list(countings)
     for task, field in TASKS:
         labelled = [p for p in predictions if p[f"{field}_label"] is not None]
-        benchmarks, f1s = [], []  # table rows, and what resampled_f1 gives for each
+        benchmarks, f1s = [], []  # rows of the table, and the F1s of each
         for name in MODALITIES:
             members = [p for p in labelled if modality(p) == name]
             for source in sorted({p["source"] for p in members}):
                 group = [p for p in members if p["source"] == source]
-                cells = [tuple(count(p, field) for count in countings.values()) for p in group]
-                f1 = resampled_f1(cells, rng)
-                if "f1_against" in countings:
-                    f1 = np.vstack([f1, f1[0] - f1[1]])
-                f1s.append(f1)
+                f1s.append(resampled_f1(group, field, rng))
                 row = {"task": task, "benchmark": source, "modality": name}
                 row |= classification_metrics(group, field)
-                benchmarks.append(row | f1_columns(names, f1))
+                benchmarks.append(row | with_interval("f1", f1s[-1]))
         table += benchmarks
         for name in (*MODALITIES, "all"):
             group = [p for p in labelled if name in (modality(p), "all")]
             if group:
-                averaged = np.array([name in (row["modality"], "all") for row in benchmarks])
-                sizes = np.array([row["n"] for row in benchmarks])
-                f1 = weighted_f1(np.array(f1s)[averaged], sizes[averaged])
+                sizes = [row["n"] * (name in (row["modality"], "all")) for row in benchmarks]
                 row = {"task": task, "benchmark": AVERAGE, "modality": name}
                 row |= classification_metrics(group, field)
-                table.append(row | f1_columns(names, f1))
+                table.append(row | with_interval("f1", weighted_mean(f1s, sizes)))
     return table
 
 
@@ -307,105 +240,21 @@ def markdown_cell(value) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def markdown(rows: list[dict], columns: Iterable[str]) -> str:
-    """Columns of table rows as Markdown; those that no row has are left out."""
-    columns = [name for name in columns if any(name in row for row in rows)]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    cells = ([markdown_cell(row[name]) for name in columns] for row in rows)
-    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in cells)])
+def markdown(rows: list[dict], columns: list[str]) -> str:
+    """Columns of table rows as Markdown."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[markdown_cell(row[name]) for name in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def results_table(rows: list[dict], metrics: dict) -> str:
+def results_table(rows: list[dict], metrics: dict, other_f1s: Iterable[str] = ()) -> str:
     """The Markdown table of `score_table`, and one line with what belongs to both tasks."""
-    columns = ["task", "benchmark", "modality", "n", "f1", "f1_interval", *RELEASED]
+    columns = ["task", "benchmark", "modality", "n", "f1", "f1_interval", *other_f1s]
     columns += ["precision", "recall", "false_positive_rate", "auroc"]
     table = markdown(rows, [*columns, "unparseable", "truncated", "mean_tokens"])
     names = ("n", "f1", "format_ok", "mean_tokens")
     both = ", ".join(f"{name} {markdown_cell(metrics.get(name))}" for name in names)
     return f"{table}\n\nboth tasks: {both}"
-
-
-# -------------------------------------------------- published numbers, and other predictions
-
-
-def first_label(text: str, field: str, words: str) -> str | None:
-    """The first label behind "field:" anywhere in a text, its reasoning included; None without."""
-    found = re.search(rf"{field}:\s*({words})", text, re.IGNORECASE)
-    return label(found[1]) if found else None
-
-
-def released_cells(p: dict, field: str) -> tuple[str, ...]:
-    """As GuardReasoner-VL's scripts count: the first label in the output; none is the wrong one.
-    But where the response to text and image has no label, the verdict on it is unharmful, and that
-    on the request becomes the opposite of the response's true label."""
-    words = "harmful|unharmful"
-    if field == "response" or p.get("image"):
-        words += "|none"
-    if p.get("image"):
-        words += "|harmless"
-    verdict = first_label(p["output"], field, words)
-    if modality(p) == "text_image" and p["response_label"] is not None:
-        if first_label(p["output"], "response", words) is None:
-            is_harmful = field == "request" and p["response_label"] == UNHARMFUL
-            verdict = HARMFUL if is_harmful else UNHARMFUL
-    return (confusion_cell(p[f"{field}_label"], verdict),)
-
-
-def predecessor_cells(p: dict, field: str) -> tuple[str, ...]:
-    """As the script of the predecessor, GuardReasoner, counts: the first label in the last 300
-    characters; without one a harmful row is lost, and an unharmful row counts twice, as wrong."""
-    verdict = first_label(p["output"][-300:], field, "harmful|unharmful")
-    if verdict is not None:
-        return (confusion_cell(p[f"{field}_label"], verdict),)
-    return () if p[f"{field}_label"] == HARMFUL else ("fp", "fp")
-
-
-RELEASED = {"f1_released": released_cells, "f1_predecessor": predecessor_cells}
-AGAINST = {"f1_against": lambda p, field: our_cells(p["against"], field)}  # as `paired` makes them
-
-
-def paired(predictions: list[dict], others: list[dict]) -> list[dict]:
-    """The predictions whose row is among the others, too, each with that one as `against`. Rows
-    are matched by source, id and the name of the data file. InputError if none is in both, one is
-    there twice, or labels differ."""
-
-    def key(p: dict) -> str:
-        return f"{p['source']}, {p['id']}, {Path(str(p.get('file', ''))).name}"
-
-    for one in (predictions, others):
-        check_unique([key(p) for p in one], "row (source, id, file)")
-    of_other = {key(p): p for p in others}
-    shared = [p | {"against": of_other[key(p)]} for p in predictions if key(p) in of_other]
-    if not shared:
-        raise InputError("--against holds none of the rows (by source, id and name of the file)")
-    for p in shared:
-        for name in ("request_label", "response_label"):
-            if p[name] != p["against"][name]:
-                raise InputError(f"{key(p)}: another {name} in --against, {p['against'][name]}")
-    return shared
-
-
-def published_report(rows: list[dict]) -> str:
-    """Those of our rows that the paper has, with their size and F1s there; its averages only beside
-    averages over all of its benchmarks."""
-    published, found = read_json(PUBLISHED), []
-
-    def of_ours(entry: dict) -> list[dict]:
-        same = [row for row in rows if row["benchmark"] in entry["names"]]
-        return [row for row in same if all(row[n] == entry[n] for n in ("task", "modality"))]
-
-    absent = [entry for entry in published["rows"] if not of_ours(entry)]
-    in_paper = [row for entry in published["rows"] for row in of_ours(entry)]
-    added = [row for row in rows if row["benchmark"] != AVERAGE and row not in in_paper]
-    partial = [(x["task"], name) for x in absent + added for name in (x["modality"], "all")]
-    for entry in published["rows"]:
-        if AVERAGE not in entry["names"] or (entry["task"], entry["modality"]) not in partial:
-            figures = {"published_n": entry["n"], **dict(zip(published["models"], entry["f1"]))}
-            found += [row | figures for row in of_ours(entry)]
-    if not found:
-        return f"no benchmark is named as in {PUBLISHED.name}"
-    columns = ("task", "benchmark", "modality", "n", "published_n", "f1", "f1_interval")
-    return markdown(found, [*columns, *RELEASED, *published["models"]])
 
 
 # -------------------------------------------------- generation: samples -> predictions
@@ -452,14 +301,14 @@ def probabilities(
     labels = []  # (index of the output, index of the task)
     positions = []  # of the last token before each label, in the joined row
     for number, output in enumerate(outputs):
-        last = 0  # tokens of the output before its last label
+        counts = {}  # of the output's tokens before each label
         for task, offset in enumerate(output.label_offsets):
             if offset is not None:
-                count = tokens_before(encoder, output.ids, offset)
+                counts[task] = tokens_before(encoder, output.ids, offset)
                 labels.append((number, task))
-                positions.append(length + len(output.prompt) + count - 1)
-                last = max(last, count)
-        if last > 0:
+                positions.append(length + len(output.prompt) + counts[task] - 1)
+        if counts:
+            last = max(counts.values())
             rows.append(output.prompt.extend([output.ids[:last]]))
             length += len(rows[-1])
     if not rows:
@@ -467,10 +316,11 @@ def probabilities(
     # 2. Logits of the two words at these positions.
     words = [f" {word}" for word in (HARMFUL, UNHARMFUL)]
     first = [encoder.tokenizer.encode(word, add_special_tokens=False)[0] for word in words]
-    hidden = model.hidden(rows[0].join(*rows[1:]))[positions]  # [labels, D]
+    hidden = model.hidden(Row.join(*rows))[positions]  # [labels, D]
     logits = hidden.float() @ model.head[first].float().T  # [labels, 2]
     # 3. A softmax over the two words.
-    for (number, task), p in zip(labels, logits.softmax(-1)[:, 0].tolist()):
+    p_harmful = logits.softmax(-1)[:, 0].tolist()
+    for (number, task), p in zip(labels, p_harmful):
         found[number][task] = p
     return found
 
@@ -492,8 +342,7 @@ def predict(
     prompts: dict[int, Row] = {}  # of the outputs under way
 
     def encode_prompts() -> Iterator[tuple[int, Row]]:
-        """(index, prompt) of every sample to do, as the sampler takes them."""
-        for i, row in zip(todo, prefetch(encoder.prompt, (samples[i] for i in todo))):
+        for i, row in zip(todo, data.prefetch(encoder.prompt, (samples[i] for i in todo))):
             if len(row) > max_tokens:
                 too_long = f"{len(row)} tokens; the model can read {max_tokens}"
                 raise InputError(f"sample {samples[i].id}: {too_long}")
@@ -537,30 +386,27 @@ def evaluate_samples(
     """Greedy predictions for samples, in order: evaluation within training. show: with a bar."""
     sampling = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "max_branches": max_branches}
     predictions = predict(model, encoder, samples, range(len(samples)), with_probs, **sampling)
-    found = dict(progress(predictions, len(samples), "validation samples", show))
+    found = dict(data.progress(predictions, len(samples), "validation samples", show))
     return [sample_fields("", sample) | found[i] for i, sample in enumerate(samples)]
 
 
 # -------------------------------------------------- single exchanges
 
 
-def read_exchange(line: bytes) -> Sample:
-    """A JSON object with request, response, image (any path) and id, all of them optional; null is
-    as if absent. InputError."""
+def read_exchange(row: Any) -> Sample:
+    """The sample in a decoded JSON object, as the file's opening says; null is as if absent."""
     folder = Path()
-    with as_input_error("not valid JSON", ValueError, RecursionError):
-        row = json.loads(line.decode())
     if isinstance(row, dict):
         given = {name: value for name, value in row.items() if value is not None}
         row = {"id": "exchange", "source": "exchange", "request": "", **given}
         if isinstance(row.get("image"), str):
-            folder, row["image"] = Path(row["image"]).parent, Path(row["image"]).name
-    return from_json(row, folder)
+            image = Path(row["image"])
+            folder, row["image"] = image.parent, image.name
+    return data.from_json(row, folder)
 
 
 def judge(model: QwenVL, encoder: Encoder, sample: Sample, cfg: Config) -> None:
-    """Print the output as it is written, then both labels with P(harmful); or with --json one
-    object."""
+    """Print the output as it is written, then both labels and P(harmful); --json: one object."""
     stream, tokenizer = DecodeStream(skip_special_tokens=True), encoder.tokenizer.backend_tokenizer
 
     def show(new_tokens: list[int]) -> None:
@@ -583,17 +429,19 @@ def judge_all(cfg: Config, device: torch.device) -> None:
     is told on stderr, or with --json as {"line", "error"}; InputError at the end counts them."""
     if cfg.request != "-":
         flags = {"request": cfg.request, "response": cfg.response or None, "image": cfg.image}
-        sample = read_exchange(json.dumps(flags).encode())
-        judge(*load_guard(cfg, device), sample, cfg)
+        exchange = read_exchange(flags)
+        judge(*load_guard(cfg, device), exchange, cfg)
         return
     if cfg.response or cfg.image:
         raise InputError("--request - reads whole exchanges: leave out --response and --image")
     guard, bad = load_guard(cfg, device), []
     for number, line in enumerate(sys.stdin.buffer, 1):
-        line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                judge(*guard, read_exchange(line), cfg)
+            with as_input_error("not valid JSON", ValueError, RecursionError):
+                row = json.loads(line.decode("utf-8-sig"))
+            judge(*guard, read_exchange(row), cfg)
         except InputError as error:
             bad.append(number)
             reason = " ".join(str(error).split())
@@ -609,137 +457,135 @@ def judge_all(cfg: Config, device: torch.device) -> None:
 
 
 def sample_fields(file: str, sample: Sample) -> dict:
-    """What a record repeats of its sample, without the reasoning, as it reads back from JSON."""
-    fields = to_json(replace(sample, reasoning=None)) | {"image_stamp": image_stamp(sample)}
-    return json.loads(json.dumps({"file": file, **fields}))
+    """What a record repeats of its sample, without the reasoning."""
+    fields = data.to_json(replace(sample, reasoning=None))
+    return {"file": file, **fields, "image_stamp": data.image_stamp(sample)}
 
 
 def exchange_key(record: dict) -> str:
-    """Equal for records of the same exchange, whatever its file and labels: a record is made again
-    when any of this has changed, the size or time of the image included."""
+    """Equal for records of the same exchange, whatever its file and labels."""
     names = ("source", "id", "request", "response", "image", "image_stamp")
     return json.dumps([record.get(name) for name in names])
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The files of records in a folder, by their exact names."""
+    """The files of records in a folder, by their exact names; those of ranks are merged later."""
     name = re.compile(r"predictions(\.rank\d+)?\.jsonl")
-    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
+    return sorted(path for path in folder.glob("*.jsonl") if name.fullmatch(path.name))
 
 
-def read_folder(folder: Path, repair: bool = False) -> dict[str, dict]:
-    """All records in a folder by exchange_key. repair: lines torn by a kill are cut off."""
+def read_folder(folder: Path) -> dict[str, dict]:
+    """All records in a folder by exchange_key; but a last line that a kill has torn is left out."""
     records = {}
     for path in record_files(folder):
-        records |= {exchange_key(r): r for r in read_records(path, ("file", "id"), repair)}
+        for record in read_records(path, ("file", "id")):
+            records[exchange_key(record)] = record
     return records
 
 
-def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) -> None:
-    """Make `folder` ready for records of `wanted` (fields by exchange_key). InputError if those in
-    it are of other settings, or of data files that `wanted` does not hold."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        for path in record_files(folder):
-            path.unlink()
-    header = folder / "predictions.settings.json"
-    records = read_folder(folder, repair=True)
-    if records:
-        changed = changed_inputs(read_json(header) if header.is_file() else {}, settings)
-        if changed:
-            raise InputError(
-                f"{folder}: its predictions were made with another {', '.join(changed)} (or by an "
-                "older version); choose another --out, or drop them with --fresh"
-            )
-    files = {fields["file"] for fields in wanted.values()}
-    for key, record in records.items():
-        if key not in wanted and str(record["file"]) not in files:
-            raise InputError(
-                f"{folder}: it holds records of {record['file']}; name that in --data, too, choose "
-                "another --out, or drop them with --fresh"
-            )
-    write_atomic(header, json.dumps(settings, indent=1) + "\n")
-
-
-def merge_files(folder: Path, wanted: dict[str, dict]) -> list[dict]:
-    """Put the records of `wanted` (fields by exchange_key), which are returned, in this order into
-    predictions.jsonl. InputError, after that, if one was not made."""
-    records = read_folder(folder)
+def merge_files(folder: Path, records: dict[str, dict], wanted: dict[str, dict]) -> list[dict]:
+    """Put those of the records that are wanted (fields by exchange_key), which are returned, in
+    this order into predictions.jsonl; no other file of records is left."""
     done = [records[key] | fields for key, fields in wanted.items() if key in records]
-    write_samples(folder / "predictions.jsonl", done)
+    data.write_samples(folder / "predictions.jsonl", done)
     for path in record_files(folder):
         if path.name != "predictions.jsonl":
             path.unlink()
-    missing = [fields["id"] for key, fields in wanted.items() if key not in records]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(missing)} of {len(wanted)} records were not made, the first is that "
-            f"of {missing[0]}; the same command again makes them"
-        )
     return done
+
+
+def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) -> None:
+    """Make `folder` ready for records of `wanted` (fields by exchange_key), and drop others of the
+    same data files. InputError if it holds records of other files, or of other settings."""
+    records = {} if fresh else read_folder(folder)
+    header = folder / "predictions.settings.json"
+    advice = "choose another --out, or drop them with --fresh"
+    before = data.read_json(header) if records and header.is_file() else {}
+    changed = ", ".join(data.changed_inputs(before, settings))
+    if records and changed:
+        problem = f"its predictions were made with another {changed} (or by an older version)"
+        raise InputError(f"{folder}: {problem}; {advice}")
+    files = {fields["file"] for fields in wanted.values()}
+    for key, record in records.items():
+        if key not in wanted and str(record["file"]) not in files:
+            problem = f"it holds records of {record['file']}; name that in --data, too"
+            raise InputError(f"{folder}: {problem}, {advice}")
+    merge_files(folder, records, wanted)  # before the settings: old records never get new ones
+    data.write_atomic(header, json.dumps(settings, indent=1) + "\n")
 
 
 def collect(
     folder: Path, settings: dict, wanted: list[dict], make: Callable, fresh: bool, ranks: Ranks
-) -> dict[tuple[str, str], dict]:
+) -> list[dict]:
     """Make the records of `wanted` that `folder` lacks, on all ranks, and merge the files of all.
 
     wanted: the first fields of every record (sample_fields). make(todo) yields (index into wanted,
-    dict of the other fields), in any order. Returns, on rank 0, the records of `wanted` by file and
-    id. InputError if two files hold the same sample, and at the end if a record was not made.
+    dict of the other fields), in any order. Returns, on rank 0, the records in the order of
+    `wanted`. InputError if two files hold the same sample, or if a record was not made.
     """
     by_key = {}
     for fields in wanted:
         same = by_key.setdefault(exchange_key(fields), fields)
         if same is not fields:
-            raise InputError(
-                f"{fields['id']} is the same sample in {same['file']} and in {fields['file']}, and "
-                "would count twice; leave one of them out of --data"
-            )
+            files = f"{same['file']} and in {fields['file']}"
+            raise InputError(f"{fields['id']} is the same sample in {files}; leave one of them out")
 
-    # 1. See what is there. Nobody reads before the repair, and nobody writes before all have read.
+    # 1. See what is there. Nobody reads before it is ready; nobody writes before all have read.
     if ranks.rank == 0:
         prepare(folder, settings, by_key, fresh)
     ranks.barrier()
-    done = set(read_folder(folder))
+    done = read_folder(folder)
     ranks.barrier()
 
     # 2. Each rank makes its share of what is missing, and appends it to a file of its own.
-    missing = [i for i, fields in enumerate(wanted) if exchange_key(fields) not in done]
+    missing = [i for i, key in enumerate(by_key) if key not in done]
     todo = missing[ranks.rank :: ranks.world]
     name = f"predictions.rank{ranks.rank}.jsonl" if ranks.rank > 0 else "predictions.jsonl"
     if todo:  # a finished run needs no model
-        for i, made in progress(make(todo), len(todo), "samples", show=ranks.rank == 0):
-            append_records(folder / name, [wanted[i] | made])
+        for i, made in data.progress(make(todo), len(todo), "samples", show=ranks.rank == 0):
+            data.append_records(folder / name, [wanted[i] | made])
     ranks.barrier()
 
     # 3. Rank 0 puts all records into one file.
-    records = merge_files(folder, by_key) if ranks.rank == 0 else []
-    ranks.barrier()
-    return {(record["file"], record["id"]): record for record in records}
+    if ranks.rank > 0:
+        return []
+    records = read_folder(folder)
+    lost = [fields["id"] for key, fields in by_key.items() if key not in records]
+    merged = merge_files(folder, records, by_key)
+    if lost:
+        problem = f"{len(lost)} of {len(wanted)} records were not made, the first is that of"
+        raise InputError(f"{folder}: {problem} {lost[0]}; the same command again makes them")
+    return merged
 
 
 # -------------------------------------------------- the stage: from flags to files
 
 
-def input_paths(cfg) -> list[str]:
-    """What a stage reads, and must not write to."""
-    return [cfg.model, *cfg.data] + ([cfg.instruction] if cfg.instruction else [])
+def check_paths(cfg, folder: str, file: str) -> None:
+    """InputError if an input is missing, or if the output folder, or a file that is written at the
+    end, is an input or something else than that."""
+    inputs = [cfg.model, *cfg.data]
+    if cfg.instruction:
+        inputs.append(cfg.instruction)
+    data.check_output(file, inputs)
+    data.check_output(folder, inputs, folder=True)
+    data.check_inputs(cfg)
 
 
-def read_pairs(cfg, folder: Path) -> list[tuple[str, Sample]]:
-    """(file, sample) of all of cfg.data. The file is named by its path from `folder`, where its
-    records are: one name however it is spelled and wherever the stage runs."""
+def read_pairs(cfg, folder: Path) -> list[tuple[dict, Sample]]:
+    """All samples of cfg.data, each behind its sample_fields. Its file is named by the path from
+    `folder`, where the records are: one name however it is spelled and wherever the stage runs."""
     pairs = []
-    for path in regular_files(cfg.data):
+    for path in data.regular_files(cfg.data):
         file = os.path.relpath(Path(path).resolve(), folder.resolve())
-        pairs += [(file, sample) for sample in read_samples([path], cfg.skip_bad)]
+        for sample in data.read_samples([path], cfg.skip_bad):
+            pairs.append((sample_fields(file, sample), sample))
     return pairs
 
 
 def load_guard(cfg, device: torch.device) -> tuple[QwenVL, Encoder]:
     """The model in the dtype of cfg.dtype on the device, and its encoder."""
-    with saving_memory("a larger card: the weights alone do not fit"):
+    with data.saving_memory("a larger card: the weights alone do not fit"):
         model = load(cfg.model, device, choose_dtype(cfg.dtype, device))
     return model, Encoder(cfg.model, cfg.instruction, cfg.min_pixels, cfg.max_pixels)
 
@@ -750,24 +596,23 @@ def sampling_flags(cfg) -> dict:
     return {name: getattr(cfg, name) for name in names}
 
 
-def settings_of(cfg, device: torch.device, *names: str) -> dict:
+def settings_of(cfg, device: torch.device) -> dict:
     """What outputs depend on beside their samples: the content of the model's files and of the
-    instruction file ({name: digest}), the flags that both stages share, and the flags `names`."""
-    settings = {f"model/{name}": digest for name, digest in model_digests(cfg.model).items()}
+    instruction file ({name: digest}), and the flags that both stages share."""
+    settings = {f"model/{name}": digest for name, digest in data.model_digests(cfg.model).items()}
     if cfg.instruction:
-        settings["instruction"] = content_digest(*regular_files([cfg.instruction]))
+        settings["instruction"] = data.content_digest(*data.regular_files([cfg.instruction]))
     settings["dtype"] = str(choose_dtype(cfg.dtype, device))
     flags = ("seed", "max_new_tokens", "temperature", "top_p", "min_pixels", "max_pixels")
-    return settings | {name: getattr(cfg, name) for name in (*flags, *names)}
+    return settings | {name: getattr(cfg, name) for name in flags}
 
 
 def memory_advice(max_branches: int, min_branches: int, max_pixels: int | None) -> str:
     """What to try when memory runs out while sampling at least `min_branches` outputs at once."""
-    advice = [halved("--max-branches", max_branches, min_branches)]
+    pixels = "--max-pixels 589824 (now the checkpoint's)"
     if max_pixels:
-        advice.append(halved("--max-pixels", max_pixels))
-    else:
-        advice.append("--max-pixels 589824 (now the checkpoint's)")
+        pixels = data.halved("--max-pixels", max_pixels)
+    advice = [data.halved("--max-branches", max_branches, min_branches), pixels]
     return " or ".join(filter(None, advice))
 
 
@@ -794,7 +639,7 @@ def check_prediction(row: dict) -> dict:
 def read_predictions(paths: Iterable[str | Path]) -> list[dict]:
     """Predictions to score. InputError names the file and line of an invalid or repeated one."""
     predictions = {}
-    for path in regular_files(paths):
+    for path in data.regular_files(paths):
         for number, row in enumerate(read_records(Path(path), may_be_torn=False), 1):
             hint = "want source, id, labels, and output or both request_pred and response_pred"
             with as_input_error(f"{path}:{number}: {hint}", ValueError, KeyError, TypeError):
@@ -807,78 +652,51 @@ def read_predictions(paths: Iterable[str | Path]) -> list[dict]:
     return list(predictions.values())
 
 
-def evaluate_files(cfg: Config, ranks: Ranks) -> None:
-    """Predict all samples of --data, on all ranks; rank 0 scores what --out then holds."""
-    folder = Path(cfg.out)
-    pairs = read_pairs(cfg, folder)
-    samples = [sample for _, sample in pairs]
+def score_files(files: list[str], origin: dict, out: str | None) -> None:
+    """Print the table of predictions, and write it and their origin to results.json in `out`, if
+    there is one. InputError if that folder holds other predictions."""
+    if out is not None:
+        data.check_output(out, [], folder=True)
+        own = Path(out, "predictions.jsonl").resolve()
+        if own.exists() and own not in [Path(file).resolve() for file in files]:
+            raise InputError(f"{out} holds results of other predictions; choose another --out")
+    predictions = read_predictions(files)
+    rows, metrics = score_table(predictions), compute_metrics(predictions)
+    if out is not None:
+        results = origin | {"metrics": metrics, "rows": rows}
+        data.write_atomic(Path(out, "results.json"), json.dumps(results, indent=1) + "\n")
+    print(results_table(rows, metrics))
+
+
+def evaluate_files(cfg: Config, out: str, ranks: Ranks) -> None:
+    """Predict all samples of --data, on all ranks; rank 0 scores what the folder then holds."""
+    pairs = read_pairs(cfg, Path(out))
+    wanted, samples = zip(*pairs)
 
     def make(todo: list[int]) -> Iterator[tuple[int, dict]]:
         yield from predict(*load_guard(cfg, ranks.device), samples, todo, **sampling_flags(cfg))
 
-    wanted = [sample_fields(*pair) for pair in pairs]
-    collect(folder, settings_of(cfg, ranks.device), wanted, make, cfg.fresh, ranks)
-    if ranks.rank > 0:
-        return
-    predictions = read_predictions([folder / "predictions.jsonl"])
-    write_results(cfg, predictions, {"model": cfg.model})
-
-
-def write_results(cfg: Config, predictions: list[dict], origin: dict) -> None:
-    """Print the tables that the flags ask for; write them to --out, if there is one. origin: what
-    results.json says of where the predictions come from."""
-    if cfg.release_counting and not all("output" in p for p in predictions):
-        raise InputError("--release-counting reads outputs, which some of the predictions lack")
-    rows = score_table(predictions, OURS | (RELEASED if cfg.release_counting else {}))
-    results = origin | {"metrics": compute_metrics(predictions), "rows": rows}
-    tables = [results_table(rows, results["metrics"])]
-    if cfg.against:
-        others = read_predictions(cfg.against)
-        shared = paired(predictions, others)
-        results["against"] = score_table(shared, OURS | AGAINST)
-        columns = ("task", "benchmark", "modality", "n", "f1", "f1_against", "f1_difference")
-        tables.append(markdown(results["against"], [*columns, "f1_difference_interval"]))
-        ours, theirs = len(predictions) - len(shared), len(others) - len(shared)
-        tables.append(f"{len(shared)} rows in both, {ours} only here, {theirs} only in --against")
-    if cfg.published:
-        tables.append(published_report(rows))
-    if cfg.out is not None:
-        write_atomic(Path(cfg.out, "results.json"), json.dumps(results, indent=1) + "\n")
-    print("\n\n".join(tables))
-
-
-def check_results(cfg: Config) -> None:
-    """InputError if results of --predictions cannot go into --out: its own are of other ones."""
-    check_output(cfg.out, [], folder=True)
-    own = Path(cfg.out, "predictions.jsonl").resolve()
-    if own.exists() and own not in [Path(path).resolve() for path in cfg.predictions]:
-        raise InputError(f"{cfg.out} holds results of other predictions; choose another --out")
+    collect(Path(out), settings_of(cfg, ranks.device), wanted, make, cfg.fresh, ranks)
+    if ranks.rank == 0:
+        score_files([f"{out}/predictions.jsonl"], {"model": cfg.model}, out)
 
 
 def main(cfg: Config) -> None:
     """Score given predictions, judge single exchanges, or predict all of --data and score that."""
-    regular_files(cfg.against + ([str(PUBLISHED)] if cfg.published else []))  # before hours of work
     if cfg.predictions:
-        if cfg.out is not None:
-            check_results(cfg)
-        write_results(cfg, read_predictions(cfg.predictions), {"predictions": cfg.predictions})
+        score_files(cfg.predictions, {"predictions": cfg.predictions}, cfg.out)
         return
     ranks = start_ranks(cfg.device)
-    if any(part is not None for part in (cfg.request, cfg.response, cfg.image)):
+    if (cfg.request, cfg.response, cfg.image) != (None, None, None):
         if ranks.world > 1:
             raise InputError("single exchanges are judged by one process: python, not torchrun")
         judge_all(cfg, ranks.device)
         return
-    if cfg.out is None:
-        cfg = replace(cfg, out="out/eval")
-    inputs = input_paths(cfg) + cfg.against
-    check_output(cfg.out, inputs, folder=True)
-    for name in ("predictions.jsonl", "predictions.settings.json", "results.json"):
-        check_output(f"{cfg.out}/{name}", inputs)
-    check_inputs(cfg)
-    with lock_output(cfg.out) if ranks.rank == 0 else nullcontext():
-        evaluate_files(cfg, ranks)
+    out = "out/eval" if cfg.out is None else cfg.out
+    check_paths(cfg, out, f"{out}/results.json")
+    with data.lock_output(out) if ranks.rank == 0 else nullcontext():
+        evaluate_files(cfg, out, ranks)
 
 
 if __name__ == "__main__":
-    cli(Config, main)
+    data.cli(Config, main)

@@ -19,6 +19,7 @@ import pytest
 import torch
 import toy
 
+import data
 import evaluate
 from data import Encoder, InputError, lock_output, read_samples
 from evaluate import Config, collect, compute_metrics, confusion_cell, read_predictions, score_table
@@ -185,7 +186,8 @@ def test_intervals_by_hand():
         100,
         [100, 100],
     )  # two unharmful rows, 1/4, have no F1 and are left out
-    (f1s,) = evaluate.resampled_f1([(("tp",),), (("fn",),)], np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    f1s = evaluate.resampled_f1(predictions("hh", "hu"), "request", rng)
     assert f1s[0] == pytest.approx(200 / 3)
     shares = [np.mean(np.isclose(f1s[1:], value)) for value in (0, 200 / 3, 100)]
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
@@ -217,152 +219,6 @@ def test_the_interval_of_an_average_resamples_every_benchmark_by_itself():
     assert average(*three)["f1_interval"][0] == pytest.approx(200 / 9)
 
 
-def differences(ours: str, theirs: str, truths: str = "hh") -> list:
-    shared = evaluate.paired(predictions(truths, ours), predictions(truths, theirs))
-    row = score_table(shared, evaluate.OURS | evaluate.AGAINST)[0]
-    return [row["f1_difference"], *row["f1_difference_interval"]]
-
-
-def test_paired_differences_by_hand():
-    assert differences("hh", "uu") == [100, 100, 100] and differences("uu", "hh") == [-100] * 3
-    assert differences("hu", "hu") == [0, 0, 0]  # either F1 alone is 0 to 100
-    assert differences("hu", "uh") == [0, -100, 100]  # 1/4 draw the first row only, 1/4 the second
-    # Ours misses the first row: -100/3 as they are, 0 or -100 when one of the rows is drawn twice.
-    assert differences("uh", "hh") == pytest.approx([200 / 3 - 100, -100, 0])
-    # A benchmark where one side has no F1 (nothing harmful, and no false alarm) is in no average.
-    ours = predictions("hh", "hh", "a") + predictions("uu", "uu", "b")
-    theirs = predictions("hh", "hh", "a") + predictions("uu", "hu", "b")
-    table = score_table(evaluate.paired(ours, theirs), evaluate.OURS | evaluate.AGAINST)
-    average = next(row for row in table if row["benchmark"] == "average")
-    assert (average["f1"], average["f1_against"], average["f1_difference"]) == (100, 50, 0)
-
-
-def test_rows_are_paired_by_source_id_and_file_name():
-    ours = predictions("hhh", "hhh", file="../data/a.jsonl")
-    theirs = predictions("hh", "uu", file="elsewhere/a.jsonl") + predictions("h", "h", "other")
-    assert [p["id"] for p in evaluate.paired(ours, theirs)] == ["0", "1"]
-    with pytest.raises(InputError, match="holds none of the rows"):
-        evaluate.paired(ours, predictions("hhh", "hhh", file="b.jsonl"))
-    with pytest.raises(InputError, match="bench, 0, a.jsonl: another request_label .* unharmful"):
-        evaluate.paired(ours, predictions("uhh", "hhh", file="a.jsonl"))
-    with pytest.raises(InputError, match="'bench, 0, a.jsonl' is there twice"):
-        evaluate.paired(ours, theirs + predictions("h", "h", file="a.jsonl"))
-
-
-# ---------------------------------------------------------------- published numbers
-
-RESULT = "<result>\nAnswers:\nRequest: {}\nResponse: {}\n</result>"
-
-
-@pytest.mark.parametrize(
-    "labels, image, output, released, predecessor",
-    [  # labels of request and response; cells of both tasks
-        ("hu", None, RESULT.format("harmful", "unharmful"), "tp tn", "tp tn"),
-        (
-            "hu",
-            None,
-            "Request: unharmful, I thought. " + RESULT.format("harmful", "None"),
-            "fn tn",
-            "fn fp+fp",
-        ),
-        (
-            "hu",
-            None,
-            "Request: unharmful" + " " * 300 + RESULT.format("harmful", "HARMFUL"),
-            "fn fp",
-            "tp fp",
-        ),
-        ("hu", None, RESULT.format("None", "unharmful"), "fn tn", "- tn"),
-        ("uh", None, RESULT.format("None", "harmful"), "fp tp", "fp+fp tp"),
-        ("hh", None, "cut off", "fn fn", "- -"),
-        ("uu", None, "cut off", "fp fp", "fp+fp fp+fp"),
-        ("uu", "i.png", RESULT.format("harmless", "unharmful"), "tn tn", "fp+fp tn"),
-        ("hu", "i.png", "Request: harmful", "tp tn", "tp fp+fp"),  # the response cannot be read:
-        ("hh", "i.png", "Request: harmful", "fn fn", "tp -"),  # it overwrites the request's verdict
-    ],
-)
-def test_released_counting_by_hand(labels, image, output, released, predecessor):
-    word = {"h": "harmful", "u": "unharmful"}
-    (p,) = predictions(labels[0], "-", image=image, response_label=word[labels[1]], output=output)
-    for count, expected in zip(evaluate.RELEASED.values(), (released, predecessor)):
-        found = ["+".join(count(p, field)) or "-" for field in ("request", "response")]
-        assert " ".join(found) == expected
-
-
-def test_both_countings_stand_side_by_side():
-    # 3 hits, 2 misses, of which 1 is unreadable, and an unreadable unharmful row.
-    verdicts = ["harmful"] * 3 + ["unharmful"] + ["?"] * 2
-    rows = predictions("hhhhhu", "hhhu--")
-    rows = [p | {"output": f"Request: {verdict}"} for p, verdict in zip(rows, verdicts)]
-    table = score_table(rows, evaluate.OURS | evaluate.RELEASED)
-    for row in table:  # the average of one benchmark is that benchmark
-        assert row["f1"] == row["f1_released"] == pytest.approx(100 * 6 / 9)
-        assert row["f1_predecessor"] == pytest.approx(100 * 6 / 9)  # one error lost, one more
-    text = evaluate.results_table(table, {})
-    assert "| n | f1 | f1_interval | f1_released | f1_predecessor | precision |" in text
-
-
-def test_scoring_again_with_all_comparisons(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the default folder would be in here
-    output = "<think>a</think>\n\n" + RESULT.format("harmful", "unharmful")
-    rows = predictions("hhu", "---", "ToxicChat", output=output)
-    ours = write(tmp_path / "ours.jsonl", rows)
-    theirs = write(tmp_path / "theirs.jsonl", [row | {"output": ""} for row in rows[:2]])
-    flags = {"predictions": [ours], "against": [theirs], "published": True}
-    evaluate.main(Config(**flags, release_counting=True))
-    shown = capsys.readouterr().out
-    assert "| 80.00 | 0.00 to 100.00 | 80.00 | 80.00 |" in shown
-    assert "| prompt | ToxicChat | text | 2 | 100.00 | 0.00 | 100.00 | 100.00 to 100.00 |" in shown
-    assert "2 rows in both, 1 only here, 0 only in --against" in shown
-    assert (
-        "| prompt | ToxicChat | text | 3 | 2853 | 80.00 |" in shown and " 74.45 | 73.47 " in shown
-    )
-    assert not Path("out").exists()
-
-    out = tmp_path / "eval"
-    evaluate.main(Config(**flags, out=str(out)))
-    results = json.loads((out / "results.json").read_text())
-    assert results["predictions"] == [ours] and results["rows"][0]["f1"] == 80
-    assert results["against"][0]["f1_difference_interval"] == [100, 100]
-    write(out / "predictions.jsonl", rows)
-    with pytest.raises(InputError, match="eval holds results of other predictions"):
-        evaluate.main(Config(**flags, out=str(out)))
-    evaluate.main(Config(predictions=[str(out / "predictions.jsonl")], out=str(out)))
-    with pytest.raises(InputError, match="reads outputs"):
-        bare = [{name: row[name] for name in row if name != "output"} for row in rows]
-        write(tmp_path / "bare.jsonl", bare)
-        evaluate.main(Config(predictions=[str(tmp_path / "bare.jsonl")], release_counting=True))
-
-
-def test_published_rows(tmp_path, monkeypatch):
-    published = json.loads(evaluate.PUBLISHED.read_text())
-    for task, text in (("prompt", 6), ("response", 5)):  # averages are those of the rows above them
-        rows = [row for row in published["rows"] if row["task"] == task]
-        averages = [row for row in rows if row["names"] == ["average"]]
-        for average, known in zip(averages, (rows[:text], rows)):
-            known = [row for row in known if row not in averages]
-            assert average["n"] == sum(row["n"] for row in known)
-            for i, f1 in enumerate(average["f1"]):
-                weighted = sum(row["n"] * row["f1"][i] for row in known) / average["n"]
-                assert weighted == pytest.approx(f1, abs=0.1)
-    texts = [
-        n
-        for row in rows[:5]
-        for n in predictions(
-            "hu", "hh", row["names"][-1], response_label="harmful", response_pred="harmful"
-        )
-    ]
-    shown = evaluate.published_report(score_table(texts))
-    assert "| response | average | text | 10 | 7837 | 100.00 |" in shown  # all five are there
-    assert "average | all" not in shown and "prompt" not in shown
-    own = predictions("h", "h", "own", response_label="harmful", response_pred="harmful")
-    assert "average" not in evaluate.published_report(score_table(texts + own))
-    assert "no benchmark is named" in evaluate.published_report(score_table(predictions("h", "h")))
-    monkeypatch.setattr(evaluate, "PUBLISHED", tmp_path / "published.json")
-    with pytest.raises(InputError, match="there is no file .*published.json"):
-        evaluate.main(Config(predictions=["p.jsonl"], published=True))
-
-
 # ---------------------------------------------------------------- scoring again
 
 
@@ -378,6 +234,22 @@ def test_outputs_are_parsed_again(tmp_path):
     assert first["request_pred"] == second["request_pred"] == "harmful" and first["format_ok"]
     rows[0]["output"] = "Request: harmful, said outside of any result block"
     assert read_predictions([write(tmp_path / "p.jsonl", rows)])[0]["request_pred"] is None
+
+
+def test_scoring_again_writes_results_only_where_there_are_no_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default folder would be in here
+    ours = write(tmp_path / "ours.jsonl", predictions("hhu", "hhh"))
+    evaluate.main(Config(predictions=[ours]))
+    assert not Path("out").exists()
+
+    out = tmp_path / "eval"
+    evaluate.main(Config(predictions=[ours], out=str(out)))
+    results = json.loads((out / "results.json").read_text())
+    assert results["predictions"] == [ours] and results["rows"][0]["f1"] == 80
+    write(out / "predictions.jsonl", predictions("hhu", "hhh"))
+    with pytest.raises(InputError, match="eval holds results of other predictions"):
+        evaluate.main(Config(predictions=[ours], out=str(out)))
+    evaluate.main(Config(predictions=[str(out / "predictions.jsonl")], out=str(out)))
 
 
 def test_verdicts_of_other_systems_need_no_output(tmp_path):
@@ -481,8 +353,8 @@ def run(folder: Path, wanted=WANTED, settings=None, fresh=False, ranks=OneOf(), 
         return maker.made, None
     records = lines(folder / "predictions.jsonl")
     if ranks.rank == 0:
-        assert list(found.values()) == records[: len(wanted)]
-        assert list(found) == [(fields["file"], fields["id"]) for fields in wanted]
+        assert found == records[: len(wanted)]
+        assert [(r["file"], r["id"]) for r in found] == [(f["file"], f["id"]) for f in wanted]
     return maker.made, records
 
 
@@ -517,15 +389,6 @@ def test_a_renamed_file_keeps_its_records_but_not_those_of_changed_rows(tmp_path
     edited[1]["request"] = "another"
     with pytest.raises(InputError, match="it holds records of renamed"):
         run(tmp_path, wanted=edited)
-
-
-def test_the_predictions_to_compare_with_are_an_input(tmp_path):
-    theirs = tmp_path / "predictions.jsonl"
-    theirs.write_text(json.dumps(predictions("h", "h")[0]) + "\n")
-    cfg = evaluate.Config(out=str(tmp_path), against=[str(theirs)], fresh=True, device="cpu")
-    with pytest.raises(InputError, match="is or holds an input"):
-        evaluate.main(cfg)
-    assert theirs.exists()
 
 
 def test_fresh_starts_over(tmp_path):
@@ -576,7 +439,7 @@ def test_ranks_share_the_work_and_another_number_of_them_goes_on(tmp_path):
     evaluate.prepare(folder, {"seed": 0}, {}, fresh=False)  # what rank 0 does while the others wait
     assert run(folder, ranks=OneOf(1, 2))[0] == [3, 1]
     assert run(folder, ranks=OneOf(0, 2), kill_after=1)[0] == [4]
-    assert len(list(folder.glob("predictions*.jsonl"))) == 2
+    assert [r["id"] for r in lines(folder / "predictions.jsonl")] == list("134")  # already merged
     made, records = run(folder)
     assert made == [2, 0] and [r["id"] for r in records] == list("01234")
     assert [p.name for p in folder.glob("predictions*.jsonl")] == ["predictions.jsonl"]
@@ -761,7 +624,7 @@ def test_a_second_run_at_once_is_refused(config):
 def test_an_output_that_would_do_harm_is_refused_first(world, monkeypatch, out, message):
     monkeypatch.chdir(world)
     os.makedirs("taken/results.json", exist_ok=True)
-    monkeypatch.setattr(evaluate, "read_samples", None)  # before anything is read
+    monkeypatch.setattr(data, "read_samples", None)  # before anything is read
     with pytest.raises(InputError, match=f"^{message}"):
         evaluate.main(Config(model="base", data=["test.jsonl"], out=out, device="cpu"))
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import ablations
+import compare
 import pytest
 
 import augment
@@ -19,6 +20,7 @@ import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"sft.py": sft.Config, "augment.py": augment.Config, "grpo.py": grpo.Config, "evaluate.py": evaluate.Config,
+           "compare.py": compare.Config,
            "data.py": {"convert": data.ConvertConfig, "synthesize": data.SynthesizeConfig}}  # fmt: skip
 # No variant with a fork: its sources would be written. The commands differ by seed only.
 STAGES = ablations.stages_of(31, Path("out"), [v for v in ablations.VARIANTS if not v.fork], True)
@@ -30,7 +32,9 @@ def readme_commands() -> list[tuple[str, str]]:
     """(script, flags) of every indented command line; optional parts are taken, comments and `; done` are not."""
     text = (ROOT / "README.md").read_text().replace("\\\n", "")
     lines = re.findall(
-        r"^    (?:.*?=\S+ )? *(?:python|torchrun .*?) ?(\w+\.py)\b(.*)$", text, re.MULTILINE
+        r"^    (?:.*?=\S+ )? *(?:python|torchrun .*?) ?(?:tests/)?(\w+\.py)\b(.*)$",
+        text,
+        re.MULTILINE,
     )
     return [
         (script, re.sub(r"  #.*|; done|[][]", "", flags))
@@ -42,6 +46,8 @@ def readme_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("script, flags", [*DEMO, *readme_commands()])
 def test_flags_are_known(script, flags, monkeypatch):
     config, seen = CONFIGS[script], []
+    if script == "compare.py":  # whose files may come without the name of their flag
+        flags = f"--predictions {flags}"
     if isinstance(config, dict):
         config = {name: (sub, seen.append) for name, sub in config.items()}
     monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
