@@ -1099,11 +1099,17 @@ def convert(cfg: ConvertConfig) -> None:
     inputs = [*files, *cfg.against, cfg.images or root]
     check_output(cfg.out, inputs)
     check_output(f"{cfg.out}.instruction.txt", inputs)
+    images = ImageIndex(root if root.is_dir() else root.parent)
+    if cfg.images:
+        images = ImageIndex(fetch(cfg.images))
+        is_zip = images.root.is_file() and images.root.suffix.lower() == ".zip"
+        if not images.root.is_dir() and not is_zip:
+            raise InputError(f"--images {cfg.images} is neither a folder nor a zip file")
     paths = regular_files(cfg.against)
     others = [(path, sample) for path in paths for sample in read_samples([path], hint="")]
     with lock_output(cfg.out):
         # 2. Convert the rows, or list why not.
-        good, rejected = convert_files(files, image_index(cfg, root), cfg)
+        good, rejected = convert_files(files, images, cfg)
         refused = len(rejected)
 
         # 3. Find the duplicates, and leave them out if that is asked for.
@@ -1205,8 +1211,9 @@ def convert_files(
             count[source] += 1
             origin = {"file": os.fsencode(file).decode(errors="replace"), "row": number}
             try:
-                sample = convert_row(row, f"{source}-{count[source]}", file, cfg, images)
-                instruction = released_instruction(messages_by_role(row)).encode()
+                sample, instruction = convert_row(
+                    row, f"{source}-{count[source]}", file, cfg, images
+                )
                 good.append(Converted(origin, sample, content_key(sample), instruction))
             except ValueError as error:  # also of paths that hold a zero byte
                 rejected.append(origin | {"reason": str(error)})
@@ -1216,42 +1223,46 @@ def convert_files(
 # ---- one released row
 
 
-def is_converted(row: Any) -> bool:
-    """Whether a row is a Sample already."""
-    return isinstance(row, dict) and {"id", "source", "request"} <= row.keys() <= set(KEYS)
-
-
-def convert_row(row: Any, id: str, file: Path, cfg: ConvertConfig, images: "ImageIndex") -> Sample:
-    """One row as released -> Sample. InputError where it cannot be read for certain."""
-    # 1. The user's message, and the output that labels it.
+def convert_row(
+    row: Any, id: str, file: Path, cfg: ConvertConfig, images: "ImageIndex"
+) -> tuple[Sample, bytes]:
+    """One row as released -> Sample, and its instruction as UTF-8 (empty if it has none).
+    InputError where it cannot be read for certain."""
+    # 1. Instruction, request and response. The cut is at the last "AI assistant:" header, as it is
+    # requests that people plant such lines in. HarmImageTest and SPA-VL-Eval have no system
+    # message: their user messages begin with the instruction.
     messages = messages_by_role(row)
-    user, output = messages["user"], messages["assistant"]
-
-    # 2. Request and response. The cut is at the last "AI assistant:" header, as it is requests that
-    # people plant such lines in. HarmImageTest and SPA-VL-Eval have no system message: their user
-    # messages begin with the instruction.
-    instruction_prefix = "" if "system" in messages else r"(?:.*?\n\n)??"
-    exchange = r"\s*Human user:\n(?P<request>.*)\n\nAI assistant:\n(?P<response>.*)"
-    parts = re.fullmatch(instruction_prefix + exchange, str(user), re.DOTALL)
+    user, output = str(messages["user"]), messages["assistant"]
+    before = r"\s*(?P<instruction>)"
+    if "system" not in messages:
+        before = r"(?:\s*|(?P<instruction>.*?)\n\n[ \t]*)"
+    exchange = r"Human user:\n(?P<request>.*)\n\nAI assistant:\n(?P<response>.*)"
+    parts = re.fullmatch(before + exchange, user, re.DOTALL)
     if parts is None or not isinstance(output, (str, int, float)):
         raise InputError("no user text 'Human user:' ... 'AI assistant:' ..., or no output to it")
+    instruction = str(messages.get("system") or parts["instruction"] or "")
     request, response = parts["request"], parts["response"].rstrip("\n")
     if response.strip() in ("", "None"):
         response = None
+
+    # 2. The labels and the reasoning.
     labels = released_labels(str(output), file.stem, cfg.task, response is not None)
 
     # 3. The image: one, whose placeholder stands in front of the request, or none.
-    found, image, folder = named_images(row), None, Path(cfg.out).parent
+    named, image, folder = [], None, Path(cfg.out).parent
+    for value in (row.get("images"), row.get("image")):
+        named += value if isinstance(value, list) else [value]
+    named = [one for one in named if (any(one.values()) if isinstance(one, dict) else one)]
     placeholders = user.count("<image>")
-    if placeholders > len(found):
-        raise InputError(f"<image> {placeholders} times, but usable images: {len(found)}")
-    if found and (len(found) > 1 or not request.startswith("<image>")):
-        raise InputError(f"{len(found)} images; want one, with <image> under 'Human user:'")
-    if found:
+    if placeholders > len(named):
+        raise InputError(f"<image> {placeholders} times, but usable images: {len(named)}")
+    if named and (len(named) > 1 or not request.startswith("<image>")):
+        raise InputError(f"{len(named)} images; want one, with <image> under 'Human user:'")
+    if named:
         request = request.removeprefix("<image>").removeprefix("\n")
-        image = place_image(found[0], images.root if cfg.images else file.parent, folder, images)
+        image = place_image(named[0], images.root if cfg.images else file.parent, folder, images)
     texts = {"id": id, "source": id.rpartition("-")[0], "request": request, "response": response}
-    return from_json(texts | labels | {"image": image}, folder)
+    return from_json(texts | labels | {"image": image}, folder), instruction.encode()
 
 
 def messages_by_role(row: Any) -> dict[str, Any]:
@@ -1259,177 +1270,128 @@ def messages_by_role(row: Any) -> dict[str, Any]:
     predecessor's corpus, `instruction`, `input` and `output`. InputError for any other row."""
     if isinstance(row, InputError):
         raise row
-    if not isinstance(row, dict):
-        raise InputError("not a JSON object")
     if is_converted(row):
         raise InputError("converted already: it has id, source and request")
-    messages = row.get("messages")
-    if messages is None:
-        names = {"system": "instruction", "user": "input", "assistant": "output"}
-        return {role: row.get(name) for role, name in names.items()}
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise InputError("its messages are not a list of objects")
-    roles = [one.get("role") for one in messages]
+    problem = "not a JSON object, or its messages are not a list of objects"
+    with as_input_error(problem, AttributeError, LookupError, TypeError):
+        messages = row.get("messages")
+        if messages is None:
+            names = {"system": "instruction", "user": "input", "assistant": "output"}
+            return {role: row.get(name) for role, name in names.items()}
+        roles = [message["role"] for message in messages]
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
-        raise InputError(f"{len(messages)} messages that are not one exchange of user, assistant")
-    return {one["role"]: one.get("content") for one in messages}
+        raise InputError(f"{len(roles)} messages that are not one exchange of user, assistant")
+    return {message["role"]: message.get("content") for message in messages}
 
 
-def released_instruction(messages: dict[str, Any]) -> str:
-    """The system message of a row, or what stands before "Human user:" in the user's; "" if there
-    is neither."""
-    if messages.get("system"):
-        return str(messages["system"])
-    before, header, _ = messages["user"].partition("\n\nHuman user:")
-    if not header or before.lstrip().startswith("Human user:"):
-        return ""
-    return before
-
-
-def named_images(row: dict[str, Any]) -> list[Any]:
-    """The images of a row, in `images` or `image`: paths or {"bytes", "path"}; not empty ones."""
-    named = []
-    for value in (row.get("images"), row.get("image")):
-        named += value if isinstance(value, list) else [value]
-    return [one for one in named if (any(one.values()) if isinstance(one, dict) else one)]
+def is_converted(row: Any) -> bool:
+    """Whether a row is a Sample already."""
+    return isinstance(row, dict) and {"id", "source", "request"} <= row.keys() <= set(KEYS)
 
 
 def released_labels(output: str, file_name: str, task: str, has_response: bool) -> dict[str, Any]:
     """The labels and the reasoning in a row's output, as fields of a Sample. A label that the task
     does not need is None, and so is the word None: not labelled. InputError where one that the task
     needs cannot be read, or none is left."""
-    # 1. What the output says. 0 and 1 are labels; a column with gaps makes them floats.
+    # 1. A single label, perhaps a number, which a column with gaps makes a float, stands for both
+    # tasks; by default only for the one in the file's name.
     output = {"0.0": "0", "1.0": "1"}.get(output, output)
-    single = reward.label(output)
-    if single:
-        verdict = reward.Verdict(None, single, single, False, (0, 0))
-    else:
-        if "<result>" not in output:
-            output = with_tags(output)
-        verdict = reward.parse(output)
+    if reward.label(output):
+        output = f"Request: {reward.bare(output)}\nResponse: {reward.bare(output)}"
+        if task == "auto":
+            name = re.sub("[-_ ]", "", file_name.lower())
+            is_about_response = re.search("response|saferlhf|beavertails|xstest", name)
+            task = "response" if is_about_response else "prompt"
+
+    # 2. What is said. The predecessor's corpus has no tags, but a third answer, on refusal.
+    if "<result>" not in output:
+        thought, _, answers = output.rpartition("Answers:")
+        answers = re.sub(r"(?im)^[ \t*#>-]*completion[ \t*]*:.*$", "", answers)
+        output = f"<think>{thought.rstrip(' #*')}</think><result>{answers}</result>"
+    verdict = reward.parse(output)
     if verdict.reasoning and not verdict.format_ok:
         raise InputError("the output is not one think block, then a result block of both labels")
 
-    # 2. The tasks that need a label. A row's only label is for the one in the file's name.
-    if task == "auto" and single:
-        name = re.sub("[-_ ]", "", file_name.lower())
-        is_about_response = re.search("response|saferlhf|beavertails|xstest", name)
-        task = "response" if is_about_response else "prompt"
-    if task == "response" and not has_response:
-        raise InputError("no response to the one label")
-    needs_response = task != "prompt" and has_response
-    needed = {"request_label": task != "response", "response_label": needs_response}
-
-    # 3. Those labels; the word None is no label.
+    # 3. The labels that the task needs; the word None is no label.
     labels = {"request_label": verdict.request, "response_label": verdict.response}
-    for (name, is_needed), offset in zip(needed.items(), verdict.label_offsets):
+    needed = (task != "response", task != "prompt" and has_response)
+    for name, is_needed, offset in zip(labels, needed, verdict.label_offsets):
         if is_needed and labels[name] is None:
             raise InputError("no label for the request or the response can be read")
         if not is_needed or reward.bare(output[offset:]).startswith("none"):
             labels[name] = None
     if not any(labels.values()):
-        raise InputError("no label: it says None, which is not labelled")
+        raise InputError("no label: it says None, which is not labelled, or there is no response")
     return labels | {"reasoning": verdict.reasoning or None}
-
-
-def with_tags(output: str) -> str:
-    """An output of the predecessor's corpus, laid out as ours. It has the same answers
-    without tags, and a third one, on refusal, which is left out."""
-    thought, _, answers = output.rpartition("Answers:")
-    answers = re.sub(r"(?im)^[ \t*#>-]*completion[ \t*]*:.*$", "", answers)
-    return f"<think>{thought.rstrip(' #*')}</think><result>{answers}</result>"
 
 
 # ---- images of released rows
 
 
-class StoredImage(NamedTuple):
-    """An image in a folder or a zip file."""
-
-    path: str  # with the name of the folder, or of the zip file, in front
-    open: Callable[[], BinaryIO]
-
-
 @dataclass
 class ImageIndex:
-    """The images below `root` (a folder or a zip file), in files and in zip files, by the paths
-    that rows give. Folders may be missing at the front of either path."""
+    """The images in a folder, or in a zip file, and in the zip files of the folder. Rows give them
+    paths; folders may be missing at the front of either path."""
 
     root: Path
 
     @cached_property
-    def files_by_name(self) -> dict[str, list[StoredImage]]:
-        """The images of each file name. OSError for a broken zip file, which many rows may need."""
-        files_by_name = defaultdict(list)
+    def by_name(self) -> dict[str, list[tuple[tuple[str, ...], Callable[[], BinaryIO]]]]:
+        """{file name: [(parts of the path, function that opens the image)]}. The first part is the
+        name of the folder or zip file. OSError for a broken zip file, which many rows may need."""
+        by_name = defaultdict(list)
         for path in [self.root, *sorted(self.root.rglob("*"))]:
-            known = Path(self.root.resolve().name, path.relative_to(self.root))
-            images = [StoredImage(known.as_posix(), partial(open, path, "rb"))]
             if not path.is_file():
-                images = []  # a folder, perhaps x.zip, a pipe or a device
-            elif path.suffix.lower() == ".zip":
-                images = images_in_zip(path)
-            for image in images:
-                files_by_name[Path(image.path).name].append(image)
-        return files_by_name
+                continue  # a folder, perhaps x.zip, a pipe or a device
+            if path.suffix.lower() != ".zip":
+                parts = (self.root.resolve().name, *path.relative_to(self.root).parts)
+                by_name[path.name].append((parts, partial(open, path, "rb")))
+                continue
+            try:
+                archive = ZipFile(path)
+            except DAMAGED as error:
+                raise OSError(f"{path} cannot be read: {error}") from error
+            for member in archive.infolist():
+                # Only what unpacks bit by bit, so that a bomb can be stopped.
+                if not member.is_dir() and member.compress_type in (ZIP_STORED, ZIP_DEFLATED):
+                    parts = (path.stem, *Path(member.filename).parts)
+                    by_name[parts[-1]].append((parts, partial(archive.open, member)))
+        return by_name
 
     def read(self, name: str) -> bytes:
         """The image that a row calls `name`. InputError if it is not the only one, or damaged."""
-        # 1. Candidates end as the row's path does, or the other way round. Those of exactly this
-        # path come first, with or without the name of the folder or zip file.
-        asked = Path(name).as_posix()
-        found, exact = [], []
-        for image in self.files_by_name[Path(name).name]:
-            if f"/{image.path}".endswith(f"/{asked}") or f"/{asked}".endswith(f"/{image.path}"):
-                found.append(image)
-            if asked in (image.path, image.path.partition("/")[2]):
-                exact.append(image)
-        found = exact or found
+        # 1. One of both paths ends as the other does. Those that are equal come first, with or
+        # without the name of the folder or zip file.
+        asked, found, equal = Path(name).parts, [], []
+        for parts, open_file in self.by_name[Path(name).name]:
+            length = min(len(parts), len(asked))
+            if parts[-length:] == asked[-length:]:
+                found.append(("/".join(parts), open_file))
+            if asked in (parts, parts[1:]):
+                equal.append(("/".join(parts), open_file))
+        found = equal or found
         if len(found) != 1:
-            known = ", ".join(repr(image.path) for image in found)  # names may be no UTF-8
+            known = ", ".join(repr(path) for path, _ in found)  # names may be no UTF-8
             problem = f"could be any of {known}" if found else "does not exist"
             where = f"{self.root} or its (deflated or stored) zip files"
             raise InputError(f"image {name!r} {problem} in {where}")
 
         # 2. Its content, unless it unpacks to more than an image should hold.
-        what = f"image {found[0].path!r} in {self.root} cannot be read"
-        with as_input_error(what, *DAMAGED), found[0].open() as file:
+        [(path, open_file)] = found
+        what = f"image {path!r} in {self.root} cannot be read"
+        with as_input_error(what, *DAMAGED), open_file() as file:
             content = file.read(LARGEST + 1)
             if len(content) > LARGEST:
                 raise ValueError(f"over {LARGEST} bytes")
             return content
 
 
-def images_in_zip(path: Path) -> Iterator[StoredImage]:
-    """The files in a zip file that unpack bit by bit, so that a bomb can be stopped."""
-    try:
-        archive = ZipFile(path)
-    except DAMAGED as error:
-        raise OSError(f"{path} cannot be read: {error}") from error
-    for member in archive.infolist():
-        if not member.is_dir() and member.compress_type in (ZIP_STORED, ZIP_DEFLATED):
-            known = Path(path.stem, member.filename).as_posix()
-            yield StoredImage(known, partial(archive.open, member))
-
-
-def image_index(cfg: ConvertConfig, root: Path) -> ImageIndex:
-    """Where the images of rows from `root` are. InputError if --images is no folder or zip file."""
-    if not cfg.images:
-        return ImageIndex(root if root.is_dir() else root.parent)
-    found = fetch(cfg.images)
-    if not found.is_dir() and not (found.is_file() and found.suffix.lower() == ".zip"):
-        raise InputError(f"--images {cfg.images} is neither a folder nor a zip file")
-    return ImageIndex(found)
-
-
 def place_image(
     image: str | dict[str, Any], base: Path, folder: Path, index: ImageIndex | None = None
 ) -> str:
-    """The path of a row's image relative to `folder`.
-
-    `image` is a path below `base`, a path that `index` knows, or {"bytes", "path"}. What is outside
-    `folder` is copied to its images/, whole or not at all, and named by its content; what is there
-    is not written again. InputError if there is no such image, OSError naming the copy.
-    """
+    """The path, relative to `folder`, of an image: of a path below `base`, a path that `index`
+    knows, or {"bytes", "path"}. What is outside `folder` is copied to its images/, whole or not at
+    all, once, and named by its content. InputError if there is no such image."""
     name, content = image, None
     if isinstance(image, dict):
         name, content = image.get("path"), image.get("bytes")
