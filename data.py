@@ -1072,20 +1072,13 @@ class ConvertConfig:
 
 
 class Converted(NamedTuple):
-    """A sample, and the row that it was made from."""
+    """What has become of the rows of released files."""
 
-    origin: dict[str, Any]  # {"file", "row"}: the released file, and the number of the row in it
-    sample: Sample
-    key: bytes  # its content_key
-    instruction: bytes  # that of the row as UTF-8; empty if it has none
-
-
-class Duplicate(NamedTuple):
-    """What a sample duplicates."""
-
-    how: str  # "equal to", "equal but for a label to", or "concatenated into"
-    of: Sample
-    file: str  # where that one is
+    samples: list[Sample]
+    refused: list[dict[str, Any]]  # {"file", "row" (its number), "reason"} of each
+    left_out: list[dict[str, Any]]  # the same of duplicates, if they are to be left out
+    duplicates: Counter[str]  # how many there are of each kind, left out or not
+    instructions: set[bytes]  # of the rows that are not refused, as UTF-8; empty for none
 
 
 def convert(cfg: ConvertConfig) -> None:
@@ -1093,72 +1086,103 @@ def convert(cfg: ConvertConfig) -> None:
     OUT.rejected-by-convert. Duplicates (texts equal but for case, spaces and invisible characters;
     equal pixels) are counted. OUT.instruction.txt holds the instruction of the rows, if all carry
     the same one."""
-    # 1. Find the input files, make sure that the output is none of them, and read --against.
-    root = fetch(cfg.input)
+    # 1. Find the input files, make sure that no output is one of them, and find the images.
+    root, instruction_file = fetch(cfg.input), f"{cfg.out}.instruction.txt"
     files = released_files(root, Path(cfg.out))
-    inputs = [*files, *cfg.against, cfg.images or root]
-    check_output(cfg.out, inputs)
-    check_output(f"{cfg.out}.instruction.txt", inputs)
+    for path in (cfg.out, instruction_file):
+        check_output(path, [*files, *cfg.against, cfg.images or root])
     images = ImageIndex(root if root.is_dir() else root.parent)
     if cfg.images:
         images = ImageIndex(fetch(cfg.images))
         is_zip = images.root.is_file() and images.root.suffix.lower() == ".zip"
         if not images.root.is_dir() and not is_zip:
             raise InputError(f"--images {cfg.images} is neither a folder nor a zip file")
-    paths = regular_files(cfg.against)
-    others = [(path, sample) for path in paths for sample in read_samples([path], hint="")]
+
     with lock_output(cfg.out):
-        # 2. Convert the rows, or list why not.
-        good, rejected = convert_files(files, images, cfg)
-        refused = len(rejected)
-
-        # 3. Find the duplicates, and leave them out if that is asked for.
-        duplicates = find_duplicates(good, others, cfg.out)
-        samples = []
-        for row, duplicate in zip(good, duplicates):
-            if duplicate and cfg.drop_duplicates:
-                reason = f"{duplicate.how} {duplicate.of.id} in {duplicate.file}"
-                rejected.append(row.origin | {"reason": reason})
-            else:
-                samples.append(row.sample)
-
-        # 4. Write what is left, and list what is not.
+        # 2. Convert the rows, and list those that are refused or left out.
+        samples, refused, left_out, duplicates, instructions = convert_files(files, images, cfg)
+        rejected = refused + left_out
         listed = write_rejected(cfg.out, "convert", rejected)
         if not samples:
             reason = f", see {listed}; the first: {rejected[0]['reason']}" if rejected else ""
             raise InputError(f"{root}: none of its {len(rejected)} rows is left{reason}")
-        write_samples(cfg.out, samples)
-        write_instruction(cfg.out, {row.instruction for row in good})
 
-    # 5. Report how many there are of each modality and labels, and duplicates of each kind.
+        # 3. Write the samples, and the instruction if all rows carry the same one.
+        write_samples(cfg.out, samples)
+        Path(instruction_file).unlink(missing_ok=True)
+        if len(instructions) > 1:
+            print(f"no {instruction_file}: the rows carry {len(instructions)} instructions")
+        elif instructions != {b""}:
+            write_atomic(instruction_file, instructions.pop() + b"\n")
+            print(f"the instruction of all rows is in {instruction_file}")
+
+    # 4. Report how many there are of each modality and labels, and duplicates of each kind.
     groups = Counter((s.modality, str(s.request_label), str(s.response_label)) for s in samples)
     for (modality, request, response), n in sorted(groups.items()):
         print(f"{n:8}  {modality:10}  request {request}, response {response}")
-    kinds = Counter(f"{found.how} one in {found.file}" for found in duplicates if found)
-    counts = "".join(f" + {n} {kind}" for kind, n in sorted(kinds.items()))
-    print(f"{len(good)} samples = {duplicates.count(None)} met for the first time{counts}")
-    left_out = f"{refused} refused + {len(rejected) - refused} duplicates left out"
+    total = len(samples) + len(left_out)
+    counts = "".join(f" + {n} {kind}" for kind, n in sorted(duplicates.items()))
+    print(f"{total} samples = {total - duplicates.total()} met for the first time{counts}")
+    counts = f"{len(refused)} refused + {len(left_out)} duplicates left out"
     where = f", in {listed}" if rejected else ""
-    print(f"{len(good) + refused} rows read = {len(samples)} in {cfg.out} + {left_out}{where}")
+    print(f"{total + len(refused)} rows read = {len(samples)} in {cfg.out} + {counts}{where}")
 
 
-def write_instruction(out: str, found: set[bytes]) -> None:
-    """Write OUT.instruction.txt if all rows carry one instruction; else remove an earlier one."""
-    path = Path(f"{out}.instruction.txt")
-    path.unlink(missing_ok=True)
-    if len(found) > 1:
-        print(f"the rows carry {len(found)} instructions (none counts as one): no {path}")
-    elif found != {b""}:
-        write_atomic(path, found.pop() + b"\n")
-        print(f"the instruction of all rows is in {path}")
+def convert_files(files: list[Path], images: "ImageIndex", cfg: ConvertConfig) -> Converted:
+    """Convert the rows of released files. InputError if --against cannot be read."""
+    # 1. What counts as seen: {content_key: (the first sample with it, the file of that one)}.
+    seen = {}
+    for path in cfg.against:
+        for sample in read_samples([path], hint=""):
+            seen.setdefault(content_key(sample), (sample, path))
+
+    # 2. Each row is refused, or a sample.
+    done, count = Converted([], [], [], Counter(), set()), Counter()
+    for file in files:
+        source = cfg.source or re.sub(r"-\d+-of-\d+$", "", file.stem)  # shards are one source
+        for number, row in tqdm(released_rows(file), source, unit=" rows", disable=None):
+            count[source] += 1
+            id = f"{source}-{count[source]}"
+            listed = {"file": os.fsencode(file).decode(errors="replace"), "row": number}
+            try:
+                sample, instruction = convert_row(row, id, file, cfg, images)
+                first, where = seen.setdefault(content_key(sample), (sample, cfg.out))
+            except ValueError as error:  # also of paths that hold a zero byte
+                done.refused.append(listed | {"reason": str(error)})
+                continue
+            done.instructions.add(instruction)
+
+            # 3. A sample is the first with its content, or a duplicate of that one.
+            if first is not sample:
+                requests = {first.request_label, sample.request_label}
+                responses = {first.response_label, sample.response_label}
+                differ = {reward.HARMFUL, reward.UNHARMFUL} in (requests, responses)
+                how = "equal but for a label to" if differ else "equal to"
+                done.duplicates[f"{how} one in {where}"] += 1
+            if first is not sample and cfg.drop_duplicates:
+                done.left_out.append(listed | {"reason": f"{how} {first.id} in {where}"})
+            else:
+                done.samples.append(sample)
+    return done
+
+
+def content_key(sample: Sample) -> bytes:
+    """Equal for duplicates: the words of request and response in NFKC, case-folded and without
+    invisible characters, and the decoded pixels. InputError if the image cannot be decoded."""
+    visible = [reward.INVISIBLE.sub("", text) for text in (sample.request, sample.response or "")]
+    words = [unicodedata.normalize("NFKC", text).casefold().split() for text in visible]
+    size, pixels = None, b""
+    if sample.image is not None:
+        image = open_image(sample.image_path)
+        size, pixels = image.size, image.tobytes()
+    return hashlib.sha256(json.dumps([words, size]).encode() + pixels).digest()
 
 
 def fetch(name: str) -> Path:
     """A file or folder, or where the hub's dataset of that name now lies; else InputError."""
-    path = Path(name)
-    is_dataset_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-    if os.path.exists(name) or path.suffix.lower() in (*SUFFIXES, ".zip") or not is_dataset_id:
-        return path
+    is_local = os.path.exists(name) or Path(name).suffix.lower() in (*SUFFIXES, ".zip")
+    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)
     # The hub's client raises errors of many classes.
     with as_input_error(f"{name}: not here, and not to be had from the hub", Exception):
         from huggingface_hub import snapshot_download
@@ -1167,12 +1191,12 @@ def fetch(name: str) -> Path:
 
 
 def released_files(root: Path, out: Path) -> list[Path]:
-    """The released files to read: `root` itself, or those anywhere in the folder `root`, but for
-    `out` if an earlier conversion wrote it. InputError for none, or for what is no regular file."""
+    """The file `root`, or the released files anywhere in the folder `root`, but for `out` if an
+    earlier conversion wrote it. InputError for none, or for what is no regular file."""
     found = [root]
     if root.is_dir():
         found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    files = list(map(Path, regular_files(str(path) for path in found if not path.is_dir())))
+    files = [Path(path) for path in regular_files(str(p) for p in found if not p.is_dir())]
     own = [path for path in files if path != root and path.resolve() == out.resolve()]
     if own and all(is_converted(row) for _, row in islice(released_rows(out), 1)):
         files.remove(own[0])
@@ -1198,26 +1222,6 @@ def released_rows(path: Path) -> Iterator[tuple[int, Any]]:
             yield from enumerate(json.loads(content, object_pairs_hook=unique_keys), 1)
         else:
             yield from ((number, decode_json(line)) for number, line in _lines(content))
-
-
-def convert_files(
-    files: list[Path], images: "ImageIndex", cfg: ConvertConfig
-) -> tuple[list[Converted], list[dict[str, Any]]]:
-    """The samples of released files, and {file, row, reason} of each row that is refused."""
-    good, rejected, count = [], [], Counter()
-    for file in files:
-        source = cfg.source or re.sub(r"-\d+-of-\d+$", "", file.stem)  # shards are one source
-        for number, row in tqdm(released_rows(file), source, unit=" rows", disable=None):
-            count[source] += 1
-            origin = {"file": os.fsencode(file).decode(errors="replace"), "row": number}
-            try:
-                sample, instruction = convert_row(
-                    row, f"{source}-{count[source]}", file, cfg, images
-                )
-                good.append(Converted(origin, sample, content_key(sample), instruction))
-            except ValueError as error:  # also of paths that hold a zero byte
-                rejected.append(origin | {"reason": str(error)})
-    return good, rejected
 
 
 # ---- one released row
@@ -1408,69 +1412,6 @@ def place_image(
     if not os.path.isfile(folder / copy) or os.path.getsize(folder / copy) != len(content):
         write_atomic(folder / copy, content)
     return copy
-
-
-# ---- duplicates
-
-
-def plain_words(text: str | None) -> str:
-    """A text in NFKC and case-folded, without invisible characters, its words one space apart."""
-    visible = reward.INVISIBLE.sub("", text or "")
-    return " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
-
-
-def content_key(sample: Sample) -> bytes:
-    """Equal for duplicates: the plain words of request and response, and the decoded pixels of the
-    image. InputError if that cannot be decoded."""
-    image = None if sample.image is None else open_image(sample.image_path)
-    size, pixels = (image.size, image.tobytes()) if image else (None, b"")
-    header = json.dumps([plain_words(sample.request), plain_words(sample.response), size])
-    return hashlib.sha256(header.encode() + pixels).digest()
-
-
-def is_part_of(sample: Sample, whole: Sample) -> bool:
-    """Whether a sample's texts are there, as whole words, in one that was concatenated. Never for a
-    sample without a request: augment.py also writes parents as rows, which find_duplicates sees."""
-    request, response = plain_words(sample.request), plain_words(sample.response)
-    has_request = f" {request} " in f" {plain_words(whole.request)} "
-    has_response = f" {response} " in f" {plain_words(whole.response)} "
-    return request != "" and has_request and (response == "" or has_response)
-
-
-def find_duplicates(
-    rows: list[Converted], others: list[tuple[str, Sample]], out: str
-) -> list[Duplicate | None]:
-    """What each row duplicates. Seen first are the samples of `others`, (file, sample), then the
-    parents of the concatenated ones among them, then these rows, which go to `out`, in order."""
-    # 1. The samples of the other files, and what was concatenated from which id.
-    first: dict[bytes, Duplicate] = {}  # by content_key: how to call what comes later
-    children: dict[str, list[Duplicate]] = defaultdict(list)
-    for path, other in others:
-        first.setdefault(content_key(other), Duplicate("equal to", other, path))
-        for parent in other.parents or ():
-            children[parent].append(Duplicate("concatenated into", other, path))
-
-    # 2. Their parents. Another file can have the same ids: the texts must agree, too.
-    for row in rows:
-        for child in children[row.sample.id]:
-            if is_part_of(row.sample, child.of):
-                first.setdefault(row.key, child)
-
-    # 3. Each row is the first with its content, or a duplicate of that one.
-    found = []
-    for row in rows:
-        seen = first.setdefault(row.key, Duplicate("equal to", row.sample, out))
-        if seen.how == "equal to" and have_different_labels(row.sample, seen.of):
-            seen = seen._replace(how="equal but for a label to")
-        found.append(None if seen.of is row.sample else seen)
-    return found
-
-
-def have_different_labels(one: Sample, other: Sample) -> bool:
-    """Whether both samples have a label for the same task, but not the same label."""
-    requests = {one.request_label, other.request_label} - {None}
-    responses = {one.response_label, other.response_label} - {None}
-    return len(requests) == 2 or len(responses) == 2
 
 
 # ---- reasoning by a teacher
