@@ -1071,16 +1071,6 @@ class ConvertConfig:
     drop_duplicates: bool = option(False, "leave out what is in --against, or earlier in this file")
 
 
-class Converted(NamedTuple):
-    """What has become of the rows of released files."""
-
-    samples: list[Sample]
-    refused: list[dict[str, Any]]  # {"file", "row" (its number), "reason"} of each
-    left_out: list[dict[str, Any]]  # the same of duplicates, if they are to be left out
-    duplicates: Counter[str]  # how many there are of each kind, left out or not
-    instructions: set[bytes]  # of the rows that are not refused, as UTF-8; empty for none
-
-
 def convert(cfg: ConvertConfig) -> None:
     """Convert released training or benchmark files: every row is written, or listed in
     OUT.rejected-by-convert. Duplicates (texts equal but for case, spaces and invisible characters;
@@ -1098,16 +1088,9 @@ def convert(cfg: ConvertConfig) -> None:
         if not images.root.is_dir() and not is_zip:
             raise InputError(f"--images {cfg.images} is neither a folder nor a zip file")
 
+    # 2. Convert the rows, and write the samples and the instruction.
     with lock_output(cfg.out):
-        # 2. Convert the rows, and list those that are refused or left out.
-        samples, refused, left_out, duplicates, instructions = convert_files(files, images, cfg)
-        rejected = refused + left_out
-        listed = write_rejected(cfg.out, "convert", rejected)
-        if not samples:
-            reason = f", see {listed}; the first: {rejected[0]['reason']}" if rejected else ""
-            raise InputError(f"{root}: none of its {len(rejected)} rows is left{reason}")
-
-        # 3. Write the samples, and the instruction if all rows carry the same one.
+        samples, instructions = convert_rows(files, images, cfg)
         write_samples(cfg.out, samples)
         Path(instruction_file).unlink(missing_ok=True)
         if len(instructions) > 1:
@@ -1116,28 +1099,26 @@ def convert(cfg: ConvertConfig) -> None:
             write_atomic(instruction_file, instructions.pop() + b"\n")
             print(f"the instruction of all rows is in {instruction_file}")
 
-    # 4. Report how many there are of each modality and labels, and duplicates of each kind.
+    # 3. Report how many there are of each modality and labels.
     groups = Counter((s.modality, str(s.request_label), str(s.response_label)) for s in samples)
     for (modality, request, response), n in sorted(groups.items()):
         print(f"{n:8}  {modality:10}  request {request}, response {response}")
-    total = len(samples) + len(left_out)
-    counts = "".join(f" + {n} {kind}" for kind, n in sorted(duplicates.items()))
-    print(f"{total} samples = {total - duplicates.total()} met for the first time{counts}")
-    counts = f"{len(refused)} refused + {len(left_out)} duplicates left out"
-    where = f", in {listed}" if rejected else ""
-    print(f"{total + len(refused)} rows read = {len(samples)} in {cfg.out} + {counts}{where}")
 
 
-def convert_files(files: list[Path], images: "ImageIndex", cfg: ConvertConfig) -> Converted:
-    """Convert the rows of released files. InputError if --against cannot be read."""
+def convert_rows(
+    files: list[Path], images: "ImageIndex", cfg: ConvertConfig
+) -> tuple[list[Sample], set[bytes]]:
+    """The samples of released files, and the instructions of their rows. Lists the other rows, and
+    prints how many there are. InputError if no sample is left, or --against cannot be read."""
     # 1. What counts as seen: {content_key: (the first sample with it, the file of that one)}.
     seen = {}
     for path in cfg.against:
         for sample in read_samples([path], hint=""):
             seen.setdefault(content_key(sample), (sample, path))
 
-    # 2. Each row is refused, or a sample.
-    done, count = Converted([], [], [], Counter(), set()), Counter()
+    # 2. A row is refused, or a sample: the first with its content, or a duplicate of that one.
+    samples, refused, left_out, duplicates = [], [], [], Counter()
+    count, instructions = Counter(), set()
     for file in files:
         source = cfg.source or re.sub(r"-\d+-of-\d+$", "", file.stem)  # shards are one source
         for number, row in tqdm(released_rows(file), source, unit=" rows", disable=None):
@@ -1148,22 +1129,33 @@ def convert_files(files: list[Path], images: "ImageIndex", cfg: ConvertConfig) -
                 sample, instruction = convert_row(row, id, file, cfg, images)
                 first, where = seen.setdefault(content_key(sample), (sample, cfg.out))
             except ValueError as error:  # also of paths that hold a zero byte
-                done.refused.append(listed | {"reason": str(error)})
+                refused.append(listed | {"reason": str(error)})
                 continue
-            done.instructions.add(instruction)
-
-            # 3. A sample is the first with its content, or a duplicate of that one.
+            instructions.add(instruction)
             if first is not sample:
                 requests = {first.request_label, sample.request_label}
                 responses = {first.response_label, sample.response_label}
                 differ = {reward.HARMFUL, reward.UNHARMFUL} in (requests, responses)
                 how = "equal but for a label to" if differ else "equal to"
-                done.duplicates[f"{how} one in {where}"] += 1
+                duplicates[f"{how} one in {where}"] += 1
             if first is not sample and cfg.drop_duplicates:
-                done.left_out.append(listed | {"reason": f"{how} {first.id} in {where}"})
+                left_out.append(listed | {"reason": f"{how} {first.id} in {where}"})
             else:
-                done.samples.append(sample)
-    return done
+                samples.append(sample)
+
+    # 3. List what is not used, and report where every row is.
+    rejected = refused + left_out
+    path = write_rejected(cfg.out, "convert", rejected)
+    if not samples:
+        reason = f", see {path}; the first: {rejected[0]['reason']}" if rejected else ""
+        raise InputError(f"{cfg.input}: none of its {len(rejected)} rows is left{reason}")
+    total = len(samples) + len(left_out)
+    counts = "".join(f" + {n} {kind}" for kind, n in sorted(duplicates.items()))
+    print(f"{total} samples = {total - duplicates.total()} met for the first time{counts}")
+    counts = f"{len(refused)} refused + {len(left_out)} duplicates left out"
+    where = f", in {path}" if rejected else ""
+    print(f"{total + len(refused)} rows read = {len(samples)} in {cfg.out} + {counts}{where}")
+    return samples, instructions
 
 
 def content_key(sample: Sample) -> bytes:
@@ -1257,9 +1249,8 @@ def convert_row(
     for value in (row.get("images"), row.get("image")):
         named += value if isinstance(value, list) else [value]
     named = [one for one in named if (any(one.values()) if isinstance(one, dict) else one)]
-    placeholders = user.count("<image>")
-    if placeholders > len(named):
-        raise InputError(f"<image> {placeholders} times, but usable images: {len(named)}")
+    if user.count("<image>") > len(named):
+        raise InputError(f"<image> {user.count('<image>')} times, but usable images: {len(named)}")
     if named and (len(named) > 1 or not request.startswith("<image>")):
         raise InputError(f"{len(named)} images; want one, with <image> under 'Human user:'")
     if named:

@@ -22,6 +22,7 @@ import toy
 from PIL import Image, features
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import augment
 import data
 import reward
 from data import InputError, Row, Sample, Segment, option, prefetch
@@ -1282,6 +1283,27 @@ def test_duplicates(tmp_path, capsys):
         convert(tmp_path, rows, against=[str(out)])
     with pytest.raises(InputError, match="none of its 1 rows"):
         convert(tmp_path, rows[7:8], against=[test], drop_duplicates=True)
+
+
+def test_concatenated_samples_stay_with_their_parents(tmp_path):
+    """augment.py writes them into one file: what the parents say is found by content."""
+    (tmp_path / "released").mkdir()
+    picture(tmp_path / "released" / "a.png")
+    rows = [
+        labelled("Pack it", image="a.png"),
+        labelled("Tea", "Yes."),
+        labelled("Rum"),
+        labelled("Gin"),
+    ]
+    samples, _ = convert(tmp_path, rows)
+    (tmp_path / "rl").mkdir()
+    parents = [augment.copy_into(one, tmp_path / "rl") for one in samples[:3]]
+    joined = [augment.concatenate(*parents[:2]), augment.concatenate(parents[2], parents[0])]
+    data.write_samples(tmp_path / "rl" / "rl.jsonl", parents + joined)
+    against = [str(tmp_path / "rl" / "rl.jsonl")]
+    [left], rejected = convert(tmp_path, rows, against=against, drop_duplicates=True)
+    assert left.request == "Gin" and [row["row"] for row in rejected] == [1, 2, 3]
+    assert {row["reason"].partition(" GuardTrain")[0] for row in rejected} == {"equal to"}
 
 
 # ---- labels are never invented
