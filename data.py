@@ -1078,7 +1078,7 @@ def convert(cfg: ConvertConfig) -> None:
     the same one."""
     # 1. Find the input files, make sure that no output is one of them, and find the images.
     root, instruction_file = fetch(cfg.input), f"{cfg.out}.instruction.txt"
-    files = released_files(root, Path(cfg.out))
+    files = released_files(root)
     for path in (cfg.out, instruction_file):
         check_output(path, [*files, *cfg.against, cfg.images or root])
     images = ImageIndex(root if root.is_dir() else root.parent)
@@ -1182,19 +1182,16 @@ def fetch(name: str) -> Path:
         return Path(snapshot_download(name, repo_type="dataset"))
 
 
-def released_files(root: Path, out: Path) -> list[Path]:
-    """The file `root`, or the released files anywhere in the folder `root`, but for `out` if an
-    earlier conversion wrote it. InputError for none, or for what is no regular file."""
+def released_files(root: Path) -> list[Path]:
+    """The file `root`, or the released files anywhere in the folder `root`. InputError for none, or
+    for what is no regular file."""
     found = [root]
     if root.is_dir():
         found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    files = [Path(path) for path in regular_files(str(p) for p in found if not p.is_dir())]
-    own = [path for path in files if path != root and path.resolve() == out.resolve()]
-    if own and all(is_converted(row) for _, row in islice(released_rows(out), 1)):
-        files.remove(own[0])
+    files = regular_files(str(path) for path in found if not path.is_dir())
     if not files:
         raise InputError(f"{root}: holds no {', '.join(SUFFIXES)} file to convert")
-    return files
+    return [Path(file) for file in files]
 
 
 def released_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -1265,7 +1262,7 @@ def messages_by_role(row: Any) -> dict[str, Any]:
     predecessor's corpus, `instruction`, `input` and `output`. InputError for any other row."""
     if isinstance(row, InputError):
         raise row
-    if is_converted(row):
+    if isinstance(row, dict) and {"id", "source", "request"} <= row.keys() <= set(KEYS):
         raise InputError("converted already: it has id, source and request")
     problem = "not a JSON object, or its messages are not a list of objects"
     with as_input_error(problem, AttributeError, LookupError, TypeError):
@@ -1277,11 +1274,6 @@ def messages_by_role(row: Any) -> dict[str, Any]:
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
         raise InputError(f"{len(roles)} messages that are not one exchange of user, assistant")
     return {message["role"]: message.get("content") for message in messages}
-
-
-def is_converted(row: Any) -> bool:
-    """Whether a row is a Sample already."""
-    return isinstance(row, dict) and {"id", "source", "request"} <= row.keys() <= set(KEYS)
 
 
 def released_labels(output: str, file_name: str, task: str, has_response: bool) -> dict[str, Any]:

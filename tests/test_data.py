@@ -966,10 +966,12 @@ def test_convert_a_folder_in_place(tmp_path):
     )
     (tmp_path / "a.json").write_text(json.dumps([message_row(USER.format("Hi", "None"), answer())]))
     (tmp_path / "notes.txt").write_text("not data")
-    for _ in range(2):  # the second run does not read the output of the first
-        data.convert(data.ConvertConfig(str(tmp_path), str(tmp_path / "out.jsonl")))
-        samples = data.read_samples([str(tmp_path / "out.jsonl")])
-        assert [(one.id, one.image) for one in samples] == [("a-1", None), ("b-1", "images/a.png")]
+    cfg = data.ConvertConfig(str(tmp_path), str(tmp_path / "out.jsonl"))
+    data.convert(cfg)
+    samples = data.read_samples([str(tmp_path / "out.jsonl")])
+    assert [(one.id, one.image) for one in samples] == [("a-1", None), ("b-1", "images/a.png")]
+    with pytest.raises(InputError, match="out.jsonl is or holds an input"):  # it does by now
+        data.convert(cfg)
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["a.png"]  # not copied
 
 
