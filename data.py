@@ -1124,12 +1124,12 @@ def convert_rows(
         for number, row in tqdm(released_rows(file), source, unit=" rows", disable=None):
             count[source] += 1
             id = f"{source}-{count[source]}"
-            listed = {"file": os.fsencode(file).decode(errors="replace"), "row": number}
+            origin = {"file": os.fsencode(file).decode(errors="replace"), "row": number}
             try:
                 sample, instruction = convert_row(row, id, file, cfg, images)
                 first, where = seen.setdefault(content_key(sample), (sample, cfg.out))
             except ValueError as error:  # also of paths that hold a zero byte
-                refused.append(listed | {"reason": str(error)})
+                refused.append(origin | {"reason": str(error)})
                 continue
             instructions.add(instruction)
             if first is not sample:
@@ -1139,22 +1139,22 @@ def convert_rows(
                 how = "equal but for a label to" if differ else "equal to"
                 duplicates[f"{how} one in {where}"] += 1
             if first is not sample and cfg.drop_duplicates:
-                left_out.append(listed | {"reason": f"{how} {first.id} in {where}"})
+                left_out.append(origin | {"reason": f"{how} {first.id} in {where}"})
             else:
                 samples.append(sample)
 
     # 3. List what is not used, and report where every row is.
     rejected = refused + left_out
-    path = write_rejected(cfg.out, "convert", rejected)
+    listing = write_rejected(cfg.out, "convert", rejected)
     if not samples:
-        reason = f", see {path}; the first: {rejected[0]['reason']}" if rejected else ""
+        reason = f", see {listing}; the first: {rejected[0]['reason']}" if rejected else ""
         raise InputError(f"{cfg.input}: none of its {len(rejected)} rows is left{reason}")
     total = len(samples) + len(left_out)
     counts = "".join(f" + {n} {kind}" for kind, n in sorted(duplicates.items()))
     print(f"{total} samples = {total - duplicates.total()} met for the first time{counts}")
     counts = f"{len(refused)} refused + {len(left_out)} duplicates left out"
-    where = f", in {path}" if rejected else ""
-    print(f"{total + len(refused)} rows read = {len(samples)} in {cfg.out} + {counts}{where}")
+    listed = f", in {listing}" if rejected else ""
+    print(f"{total + len(refused)} rows read = {len(samples)} in {cfg.out} + {counts}{listed}")
     return samples, instructions
 
 
@@ -1280,8 +1280,8 @@ def released_labels(output: str, file_name: str, task: str, has_response: bool) 
     """The labels and the reasoning in a row's output, as fields of a Sample. A label that the task
     does not need is None, and so is the word None: not labelled. InputError where one that the task
     needs cannot be read, or none is left."""
-    # 1. A single label, perhaps a number, which a column with gaps makes a float, stands for both
-    # tasks; by default only for the one in the file's name.
+    # 1. A single label (0 or 1 is a float in a column with gaps) is read as if both tasks had it;
+    # by default only the one in the file's name has.
     output = {"0.0": "0", "1.0": "1"}.get(output, output)
     if reward.label(output):
         output = f"Request: {reward.bare(output)}\nResponse: {reward.bare(output)}"
@@ -1327,9 +1327,8 @@ class ImageIndex:
         """{file name: [(parts of the path, function that opens the image)]}. The first part is the
         name of the folder or zip file. OSError for a broken zip file, which many rows may need."""
         by_name = defaultdict(list)
-        for path in [self.root, *sorted(self.root.rglob("*"))]:
-            if not path.is_file():
-                continue  # a folder, perhaps x.zip, a pipe or a device
+        files = [path for path in [self.root, *sorted(self.root.rglob("*"))] if path.is_file()]
+        for path in files:  # but no folder, perhaps x.zip, no pipe and no device
             if path.suffix.lower() != ".zip":
                 parts = (self.root.resolve().name, *path.relative_to(self.root).parts)
                 by_name[path.name].append((parts, partial(open, path, "rb")))
