@@ -1324,7 +1324,7 @@ class ImageIndex:
 
     @cached_property
     def by_name(self) -> dict[str, list[tuple[tuple[str, ...], Callable[[], BinaryIO]]]]:
-        """{file name: [(parts of the path, function that opens the image)]}. The first part is the
+        """{file name: [(parts of the path, function that opens the file)]}. The first part is the
         name of the folder or zip file. OSError for a broken zip file, which many rows may need."""
         by_name = defaultdict(list)
         files = [path for path in [self.root, *sorted(self.root.rglob("*"))] if path.is_file()]
@@ -1346,25 +1346,24 @@ class ImageIndex:
 
     def read(self, name: str) -> bytes:
         """The image that a row calls `name`. InputError if it is not the only one, or damaged."""
-        # 1. One of both paths ends as the other does. Those that are equal come first, with or
-        # without the name of the folder or zip file.
-        asked, found, equal = Path(name).parts, [], []
-        for parts, open_file in self.by_name[Path(name).name]:
-            length = min(len(parts), len(asked))
-            if parts[-length:] == asked[-length:]:
-                found.append(("/".join(parts), open_file))
-            if asked in (parts, parts[1:]):
-                equal.append(("/".join(parts), open_file))
-        found = equal or found
+        # 1. Its path is the row's, with or without the name of the folder or zip file; or else the
+        # longer of both paths ends as the shorter one.
+        asked, images = Path(name).parts, self.by_name[Path(name).name]
+        found = [(parts, file) for parts, file in images if asked in (parts, parts[1:])]
+        if not found:
+            for parts, file in images:
+                length = min(len(parts), len(asked))
+                if parts[-length:] == asked[-length:]:
+                    found.append((parts, file))
         if len(found) != 1:
-            known = ", ".join(repr(path) for path, _ in found)  # names may be no UTF-8
+            known = ", ".join(repr("/".join(parts)) for parts, _ in found)  # may be no UTF-8
             problem = f"could be any of {known}" if found else "does not exist"
             where = f"{self.root} or its (deflated or stored) zip files"
             raise InputError(f"image {name!r} {problem} in {where}")
 
         # 2. Its content, unless it unpacks to more than an image should hold.
-        [(path, open_file)] = found
-        what = f"image {path!r} in {self.root} cannot be read"
+        [(parts, open_file)] = found
+        what = f"image {'/'.join(parts)!r} in {self.root} cannot be read"
         with as_input_error(what, *DAMAGED), open_file() as file:
             content = file.read(LARGEST + 1)
             if len(content) > LARGEST:
