@@ -1071,88 +1071,110 @@ class ConvertConfig:
     drop_duplicates: bool = option(False, "leave out what is in --against, or earlier in this file")
 
 
-class Converted(NamedTuple):
-    """A sample, and the row that it was made from."""
-
-    origin: dict[str, Any]  # {"file", "row"}: the released file, and the number of the row in it
-    sample: Sample
-    key: bytes  # its content_key
-    instruction: bytes  # that of the row as UTF-8; empty if it has none
-
-
-class Duplicate(NamedTuple):
-    """What a sample duplicates."""
-
-    how: str  # "equal to", "equal but for a label to", or "concatenated into"
-    of: Sample
-    file: str  # where that one is
-
-
 def convert(cfg: ConvertConfig) -> None:
     """Convert released training or benchmark files: every row is written, or listed in
     OUT.rejected-by-convert. Duplicates (texts equal but for case, spaces and invisible characters;
     equal pixels) are counted. OUT.instruction.txt holds the instruction of the rows, if all carry
     the same one."""
-    # 1. Find the input files, make sure that the output is none of them, and read --against.
-    root = fetch(cfg.input)
-    files = released_files(root, Path(cfg.out))
-    inputs = [*files, *cfg.against, cfg.images or root]
-    check_output(cfg.out, inputs)
-    check_output(f"{cfg.out}.instruction.txt", inputs)
-    paths = regular_files(cfg.against)
-    others = [(path, sample) for path in paths for sample in read_samples([path], hint="")]
+    # 1. Find the input files, make sure that no output is one of them, and find the images.
+    root, instruction_file = fetch(cfg.input), f"{cfg.out}.instruction.txt"
+    files = released_files(root)
+    for path in (cfg.out, instruction_file):
+        check_output(path, [*files, *cfg.against, cfg.images or root])
+    images = ImageIndex(root if root.is_dir() else root.parent)
+    if cfg.images:
+        images = ImageIndex(fetch(cfg.images))
+        is_zip = images.root.is_file() and images.root.suffix.lower() == ".zip"
+        if not images.root.is_dir() and not is_zip:
+            raise InputError(f"--images {cfg.images} is neither a folder nor a zip file")
+
+    # 2. Convert the rows, and write the samples and the instruction.
     with lock_output(cfg.out):
-        # 2. Convert the rows, or list why not.
-        good, rejected = convert_files(files, image_index(cfg, root), cfg)
-        refused = len(rejected)
-
-        # 3. Find the duplicates, and leave them out if that is asked for.
-        duplicates = find_duplicates(good, others, cfg.out)
-        samples = []
-        for row, duplicate in zip(good, duplicates):
-            if duplicate and cfg.drop_duplicates:
-                reason = f"{duplicate.how} {duplicate.of.id} in {duplicate.file}"
-                rejected.append(row.origin | {"reason": reason})
-            else:
-                samples.append(row.sample)
-
-        # 4. Write what is left, and list what is not.
-        listed = write_rejected(cfg.out, "convert", rejected)
-        if not samples:
-            reason = f", see {listed}; the first: {rejected[0]['reason']}" if rejected else ""
-            raise InputError(f"{root}: none of its {len(rejected)} rows is left{reason}")
+        samples, instructions = convert_rows(files, images, cfg)
         write_samples(cfg.out, samples)
-        write_instruction(cfg.out, {row.instruction for row in good})
+        Path(instruction_file).unlink(missing_ok=True)
+        if len(instructions) > 1:
+            print(f"no {instruction_file}: the rows carry {len(instructions)} instructions")
+        elif instructions != {b""}:
+            write_atomic(instruction_file, instructions.pop() + b"\n")
+            print(f"the instruction of all rows is in {instruction_file}")
 
-    # 5. Report how many there are of each modality and labels, and duplicates of each kind.
+    # 3. Report how many there are of each modality and labels.
     groups = Counter((s.modality, str(s.request_label), str(s.response_label)) for s in samples)
     for (modality, request, response), n in sorted(groups.items()):
         print(f"{n:8}  {modality:10}  request {request}, response {response}")
-    kinds = Counter(f"{found.how} one in {found.file}" for found in duplicates if found)
-    counts = "".join(f" + {n} {kind}" for kind, n in sorted(kinds.items()))
-    print(f"{len(good)} samples = {duplicates.count(None)} met for the first time{counts}")
-    left_out = f"{refused} refused + {len(rejected) - refused} duplicates left out"
-    where = f", in {listed}" if rejected else ""
-    print(f"{len(good) + refused} rows read = {len(samples)} in {cfg.out} + {left_out}{where}")
 
 
-def write_instruction(out: str, found: set[bytes]) -> None:
-    """Write OUT.instruction.txt if all rows carry one instruction; else remove an earlier one."""
-    path = Path(f"{out}.instruction.txt")
-    path.unlink(missing_ok=True)
-    if len(found) > 1:
-        print(f"the rows carry {len(found)} instructions (none counts as one): no {path}")
-    elif found != {b""}:
-        write_atomic(path, found.pop() + b"\n")
-        print(f"the instruction of all rows is in {path}")
+def convert_rows(
+    files: list[Path], images: "ImageIndex", cfg: ConvertConfig
+) -> tuple[list[Sample], set[bytes]]:
+    """The samples of released files, and the instructions of their rows. Lists the other rows, and
+    prints how many there are. InputError if no sample is left, or --against cannot be read."""
+    # 1. What counts as seen: {content_key: (the first sample with it, the file of that one)}.
+    seen = {}
+    for path in cfg.against:
+        for sample in read_samples([path], hint=""):
+            seen.setdefault(content_key(sample), (sample, path))
+
+    # 2. A row is refused, or a sample: the first with its content, or a duplicate of that one.
+    samples, refused, left_out, duplicates = [], [], [], Counter()
+    count, instructions = Counter(), set()
+    for file in files:
+        source = cfg.source or re.sub(r"-\d+-of-\d+$", "", file.stem)  # shards are one source
+        for number, row in tqdm(released_rows(file), source, unit=" rows", disable=None):
+            count[source] += 1
+            id = f"{source}-{count[source]}"
+            origin = {"file": os.fsencode(file).decode(errors="replace"), "row": number}
+            try:
+                sample, instruction = convert_row(row, id, file, cfg, images)
+                first, where = seen.setdefault(content_key(sample), (sample, cfg.out))
+            except ValueError as error:  # also of paths that hold a zero byte
+                refused.append(origin | {"reason": str(error)})
+                continue
+            instructions.add(instruction)
+            if first is not sample:
+                requests = {first.request_label, sample.request_label}
+                responses = {first.response_label, sample.response_label}
+                differ = {reward.HARMFUL, reward.UNHARMFUL} in (requests, responses)
+                how = "equal but for a label to" if differ else "equal to"
+                duplicates[f"{how} one in {where}"] += 1
+            if first is not sample and cfg.drop_duplicates:
+                left_out.append(origin | {"reason": f"{how} {first.id} in {where}"})
+            else:
+                samples.append(sample)
+
+    # 3. List what is not used, and report where every row is.
+    rejected = refused + left_out
+    listing = write_rejected(cfg.out, "convert", rejected)
+    if not samples:
+        reason = f", see {listing}; the first: {rejected[0]['reason']}" if rejected else ""
+        raise InputError(f"{cfg.input}: none of its {len(rejected)} rows is left{reason}")
+    total = len(samples) + len(left_out)
+    counts = "".join(f" + {n} {kind}" for kind, n in sorted(duplicates.items()))
+    print(f"{total} samples = {total - duplicates.total()} met for the first time{counts}")
+    counts = f"{len(refused)} refused + {len(left_out)} duplicates left out"
+    listed = f", in {listing}" if rejected else ""
+    print(f"{total + len(refused)} rows read = {len(samples)} in {cfg.out} + {counts}{listed}")
+    return samples, instructions
+
+
+def content_key(sample: Sample) -> bytes:
+    """Equal for duplicates: the words of request and response in NFKC, case-folded and without
+    invisible characters, and the decoded pixels. InputError if the image cannot be decoded."""
+    visible = [reward.INVISIBLE.sub("", text) for text in (sample.request, sample.response or "")]
+    words = [unicodedata.normalize("NFKC", text).casefold().split() for text in visible]
+    size, pixels = None, b""
+    if sample.image is not None:
+        image = open_image(sample.image_path)
+        size, pixels = image.size, image.tobytes()
+    return hashlib.sha256(json.dumps([words, size]).encode() + pixels).digest()
 
 
 def fetch(name: str) -> Path:
     """A file or folder, or where the hub's dataset of that name now lies; else InputError."""
-    path = Path(name)
-    is_dataset_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-    if os.path.exists(name) or path.suffix.lower() in (*SUFFIXES, ".zip") or not is_dataset_id:
-        return path
+    is_local = os.path.exists(name) or Path(name).suffix.lower() in (*SUFFIXES, ".zip")
+    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)
     # The hub's client raises errors of many classes.
     with as_input_error(f"{name}: not here, and not to be had from the hub", Exception):
         from huggingface_hub import snapshot_download
@@ -1160,19 +1182,16 @@ def fetch(name: str) -> Path:
         return Path(snapshot_download(name, repo_type="dataset"))
 
 
-def released_files(root: Path, out: Path) -> list[Path]:
-    """The released files to read: `root` itself, or those anywhere in the folder `root`, but for
-    `out` if an earlier conversion wrote it. InputError for none, or for what is no regular file."""
+def released_files(root: Path) -> list[Path]:
+    """The file `root`, or the released files anywhere in the folder `root`. InputError for none, or
+    for what is no regular file."""
     found = [root]
     if root.is_dir():
         found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    files = list(map(Path, regular_files(str(path) for path in found if not path.is_dir())))
-    own = [path for path in files if path != root and path.resolve() == out.resolve()]
-    if own and all(is_converted(row) for _, row in islice(released_rows(out), 1)):
-        files.remove(own[0])
+    files = regular_files(str(path) for path in found if not path.is_dir())
     if not files:
         raise InputError(f"{root}: holds no {', '.join(SUFFIXES)} file to convert")
-    return files
+    return [Path(file) for file in files]
 
 
 def released_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -1194,64 +1213,48 @@ def released_rows(path: Path) -> Iterator[tuple[int, Any]]:
             yield from ((number, decode_json(line)) for number, line in _lines(content))
 
 
-def convert_files(
-    files: list[Path], images: "ImageIndex", cfg: ConvertConfig
-) -> tuple[list[Converted], list[dict[str, Any]]]:
-    """The samples of released files, and {file, row, reason} of each row that is refused."""
-    good, rejected, count = [], [], Counter()
-    for file in files:
-        source = cfg.source or re.sub(r"-\d+-of-\d+$", "", file.stem)  # shards are one source
-        for number, row in tqdm(released_rows(file), source, unit=" rows", disable=None):
-            count[source] += 1
-            origin = {"file": os.fsencode(file).decode(errors="replace"), "row": number}
-            try:
-                sample = convert_row(row, f"{source}-{count[source]}", file, cfg, images)
-                instruction = released_instruction(messages_by_role(row)).encode()
-                good.append(Converted(origin, sample, content_key(sample), instruction))
-            except ValueError as error:  # also of paths that hold a zero byte
-                rejected.append(origin | {"reason": str(error)})
-    return good, rejected
-
-
 # ---- one released row
 
 
-def is_converted(row: Any) -> bool:
-    """Whether a row is a Sample already."""
-    return isinstance(row, dict) and {"id", "source", "request"} <= row.keys() <= set(KEYS)
-
-
-def convert_row(row: Any, id: str, file: Path, cfg: ConvertConfig, images: "ImageIndex") -> Sample:
-    """One row as released -> Sample. InputError where it cannot be read for certain."""
-    # 1. The user's message, and the output that labels it.
+def convert_row(
+    row: Any, id: str, file: Path, cfg: ConvertConfig, images: "ImageIndex"
+) -> tuple[Sample, bytes]:
+    """One row as released -> Sample, and its instruction as UTF-8 (empty if it has none).
+    InputError where it cannot be read for certain."""
+    # 1. Instruction, request and response. The cut is at the last "AI assistant:" header, as it is
+    # requests that people plant such lines in. HarmImageTest and SPA-VL-Eval have no system
+    # message: their user messages begin with the instruction.
     messages = messages_by_role(row)
-    user, output = messages["user"], messages["assistant"]
-
-    # 2. Request and response. The cut is at the last "AI assistant:" header, as it is requests that
-    # people plant such lines in. HarmImageTest and SPA-VL-Eval have no system message: their user
-    # messages begin with the instruction.
-    instruction_prefix = "" if "system" in messages else r"(?:.*?\n\n)??"
-    exchange = r"\s*Human user:\n(?P<request>.*)\n\nAI assistant:\n(?P<response>.*)"
-    parts = re.fullmatch(instruction_prefix + exchange, str(user), re.DOTALL)
+    user, output = str(messages["user"]), messages["assistant"]
+    before = r"\s*(?P<instruction>)"
+    if "system" not in messages:
+        before = r"(?:\s*|(?P<instruction>.*?)\n\n[ \t]*)"
+    exchange = r"Human user:\n(?P<request>.*)\n\nAI assistant:\n(?P<response>.*)"
+    parts = re.fullmatch(before + exchange, user, re.DOTALL)
     if parts is None or not isinstance(output, (str, int, float)):
         raise InputError("no user text 'Human user:' ... 'AI assistant:' ..., or no output to it")
+    instruction = str(messages.get("system") or parts["instruction"] or "")
     request, response = parts["request"], parts["response"].rstrip("\n")
     if response.strip() in ("", "None"):
         response = None
+
+    # 2. The labels and the reasoning.
     labels = released_labels(str(output), file.stem, cfg.task, response is not None)
 
     # 3. The image: one, whose placeholder stands in front of the request, or none.
-    found, image, folder = named_images(row), None, Path(cfg.out).parent
-    placeholders = user.count("<image>")
-    if placeholders > len(found):
-        raise InputError(f"<image> {placeholders} times, but usable images: {len(found)}")
-    if found and (len(found) > 1 or not request.startswith("<image>")):
-        raise InputError(f"{len(found)} images; want one, with <image> under 'Human user:'")
-    if found:
+    named, image, folder = [], None, Path(cfg.out).parent
+    for value in (row.get("images"), row.get("image")):
+        named += value if isinstance(value, list) else [value]
+    named = [one for one in named if (any(one.values()) if isinstance(one, dict) else one)]
+    if user.count("<image>") > len(named):
+        raise InputError(f"<image> {user.count('<image>')} times, but usable images: {len(named)}")
+    if named and (len(named) > 1 or not request.startswith("<image>")):
+        raise InputError(f"{len(named)} images; want one, with <image> under 'Human user:'")
+    if named:
         request = request.removeprefix("<image>").removeprefix("\n")
-        image = place_image(found[0], images.root if cfg.images else file.parent, folder, images)
+        image = place_image(named[0], images.root if cfg.images else file.parent, folder, images)
     texts = {"id": id, "source": id.rpartition("-")[0], "request": request, "response": response}
-    return from_json(texts | labels | {"image": image}, folder)
+    return from_json(texts | labels | {"image": image}, folder), instruction.encode()
 
 
 def messages_by_role(row: Any) -> dict[str, Any]:
@@ -1259,177 +1262,121 @@ def messages_by_role(row: Any) -> dict[str, Any]:
     predecessor's corpus, `instruction`, `input` and `output`. InputError for any other row."""
     if isinstance(row, InputError):
         raise row
-    if not isinstance(row, dict):
-        raise InputError("not a JSON object")
-    if is_converted(row):
+    if isinstance(row, dict) and {"id", "source", "request"} <= row.keys() <= set(KEYS):
         raise InputError("converted already: it has id, source and request")
-    messages = row.get("messages")
-    if messages is None:
-        names = {"system": "instruction", "user": "input", "assistant": "output"}
-        return {role: row.get(name) for role, name in names.items()}
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise InputError("its messages are not a list of objects")
-    roles = [one.get("role") for one in messages]
+    problem = "not a JSON object, or its messages are not a list of objects"
+    with as_input_error(problem, AttributeError, LookupError, TypeError):
+        messages = row.get("messages")
+        if messages is None:
+            names = {"system": "instruction", "user": "input", "assistant": "output"}
+            return {role: row.get(name) for role, name in names.items()}
+        roles = [message["role"] for message in messages]
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
-        raise InputError(f"{len(messages)} messages that are not one exchange of user, assistant")
-    return {one["role"]: one.get("content") for one in messages}
-
-
-def released_instruction(messages: dict[str, Any]) -> str:
-    """The system message of a row, or what stands before "Human user:" in the user's; "" if there
-    is neither."""
-    if messages.get("system"):
-        return str(messages["system"])
-    before, header, _ = messages["user"].partition("\n\nHuman user:")
-    if not header or before.lstrip().startswith("Human user:"):
-        return ""
-    return before
-
-
-def named_images(row: dict[str, Any]) -> list[Any]:
-    """The images of a row, in `images` or `image`: paths or {"bytes", "path"}; not empty ones."""
-    named = []
-    for value in (row.get("images"), row.get("image")):
-        named += value if isinstance(value, list) else [value]
-    return [one for one in named if (any(one.values()) if isinstance(one, dict) else one)]
+        raise InputError(f"{len(roles)} messages that are not one exchange of user, assistant")
+    return {message["role"]: message.get("content") for message in messages}
 
 
 def released_labels(output: str, file_name: str, task: str, has_response: bool) -> dict[str, Any]:
     """The labels and the reasoning in a row's output, as fields of a Sample. A label that the task
     does not need is None, and so is the word None: not labelled. InputError where one that the task
     needs cannot be read, or none is left."""
-    # 1. What the output says. 0 and 1 are labels; a column with gaps makes them floats.
+    # 1. A single label (0 or 1 is a float in a column with gaps) is read as if both tasks had it;
+    # by default only the one in the file's name has.
     output = {"0.0": "0", "1.0": "1"}.get(output, output)
-    single = reward.label(output)
-    if single:
-        verdict = reward.Verdict(None, single, single, False, (0, 0))
-    else:
-        if "<result>" not in output:
-            output = with_tags(output)
-        verdict = reward.parse(output)
+    if reward.label(output):
+        output = f"Request: {reward.bare(output)}\nResponse: {reward.bare(output)}"
+        if task == "auto":
+            name = re.sub("[-_ ]", "", file_name.lower())
+            is_about_response = re.search("response|saferlhf|beavertails|xstest", name)
+            task = "response" if is_about_response else "prompt"
+
+    # 2. What is said. The predecessor's corpus has no tags, but a third answer, on refusal.
+    if "<result>" not in output:
+        thought, _, answers = output.rpartition("Answers:")
+        answers = re.sub(r"(?im)^[ \t*#>-]*completion[ \t*]*:.*$", "", answers)
+        output = f"<think>{thought.rstrip(' #*')}</think><result>{answers}</result>"
+    verdict = reward.parse(output)
     if verdict.reasoning and not verdict.format_ok:
         raise InputError("the output is not one think block, then a result block of both labels")
 
-    # 2. The tasks that need a label. A row's only label is for the one in the file's name.
-    if task == "auto" and single:
-        name = re.sub("[-_ ]", "", file_name.lower())
-        is_about_response = re.search("response|saferlhf|beavertails|xstest", name)
-        task = "response" if is_about_response else "prompt"
-    if task == "response" and not has_response:
-        raise InputError("no response to the one label")
-    needs_response = task != "prompt" and has_response
-    needed = {"request_label": task != "response", "response_label": needs_response}
-
-    # 3. Those labels; the word None is no label.
+    # 3. The labels that the task needs; the word None is no label.
     labels = {"request_label": verdict.request, "response_label": verdict.response}
-    for (name, is_needed), offset in zip(needed.items(), verdict.label_offsets):
+    needed = (task != "response", task != "prompt" and has_response)
+    for name, is_needed, offset in zip(labels, needed, verdict.label_offsets):
         if is_needed and labels[name] is None:
             raise InputError("no label for the request or the response can be read")
         if not is_needed or reward.bare(output[offset:]).startswith("none"):
             labels[name] = None
     if not any(labels.values()):
-        raise InputError("no label: it says None, which is not labelled")
+        raise InputError("no label: it says None, which is not labelled, or there is no response")
     return labels | {"reasoning": verdict.reasoning or None}
-
-
-def with_tags(output: str) -> str:
-    """An output of the predecessor's corpus, laid out as ours. It has the same answers
-    without tags, and a third one, on refusal, which is left out."""
-    thought, _, answers = output.rpartition("Answers:")
-    answers = re.sub(r"(?im)^[ \t*#>-]*completion[ \t*]*:.*$", "", answers)
-    return f"<think>{thought.rstrip(' #*')}</think><result>{answers}</result>"
 
 
 # ---- images of released rows
 
 
-class StoredImage(NamedTuple):
-    """An image in a folder or a zip file."""
-
-    path: str  # with the name of the folder, or of the zip file, in front
-    open: Callable[[], BinaryIO]
-
-
 @dataclass
 class ImageIndex:
-    """The images below `root` (a folder or a zip file), in files and in zip files, by the paths
-    that rows give. Folders may be missing at the front of either path."""
+    """The images in a folder, or in a zip file, and in the zip files of the folder. Rows give them
+    paths; folders may be missing at the front of either path."""
 
     root: Path
 
     @cached_property
-    def files_by_name(self) -> dict[str, list[StoredImage]]:
-        """The images of each file name. OSError for a broken zip file, which many rows may need."""
-        files_by_name = defaultdict(list)
-        for path in [self.root, *sorted(self.root.rglob("*"))]:
-            known = Path(self.root.resolve().name, path.relative_to(self.root))
-            images = [StoredImage(known.as_posix(), partial(open, path, "rb"))]
-            if not path.is_file():
-                images = []  # a folder, perhaps x.zip, a pipe or a device
-            elif path.suffix.lower() == ".zip":
-                images = images_in_zip(path)
-            for image in images:
-                files_by_name[Path(image.path).name].append(image)
-        return files_by_name
+    def by_name(self) -> dict[str, list[tuple[tuple[str, ...], Callable[[], BinaryIO]]]]:
+        """{file name: [(parts of the path, function that opens the file)]}. The first part is the
+        name of the folder or zip file. OSError for a broken zip file, which many rows may need."""
+        by_name = defaultdict(list)
+        files = [path for path in [self.root, *sorted(self.root.rglob("*"))] if path.is_file()]
+        for path in files:  # but no folder, perhaps x.zip, no pipe and no device
+            if path.suffix.lower() != ".zip":
+                parts = (self.root.resolve().name, *path.relative_to(self.root).parts)
+                by_name[path.name].append((parts, partial(open, path, "rb")))
+                continue
+            try:
+                archive = ZipFile(path)
+            except DAMAGED as error:
+                raise OSError(f"{path} cannot be read: {error}") from error
+            for member in archive.infolist():
+                # Only what unpacks bit by bit, so that a bomb can be stopped.
+                if not member.is_dir() and member.compress_type in (ZIP_STORED, ZIP_DEFLATED):
+                    parts = (path.stem, *Path(member.filename).parts)
+                    by_name[parts[-1]].append((parts, partial(archive.open, member)))
+        return by_name
 
     def read(self, name: str) -> bytes:
         """The image that a row calls `name`. InputError if it is not the only one, or damaged."""
-        # 1. Candidates end as the row's path does, or the other way round. Those of exactly this
-        # path come first, with or without the name of the folder or zip file.
-        asked = Path(name).as_posix()
-        found, exact = [], []
-        for image in self.files_by_name[Path(name).name]:
-            if f"/{image.path}".endswith(f"/{asked}") or f"/{asked}".endswith(f"/{image.path}"):
-                found.append(image)
-            if asked in (image.path, image.path.partition("/")[2]):
-                exact.append(image)
-        found = exact or found
+        # 1. Its path is the row's, with or without the name of the folder or zip file; or else the
+        # longer of both paths ends as the shorter one.
+        asked, images = Path(name).parts, self.by_name[Path(name).name]
+        found = [(parts, file) for parts, file in images if asked in (parts, parts[1:])]
+        if not found:
+            for parts, file in images:
+                length = min(len(parts), len(asked))
+                if parts[-length:] == asked[-length:]:
+                    found.append((parts, file))
         if len(found) != 1:
-            known = ", ".join(repr(image.path) for image in found)  # names may be no UTF-8
+            known = ", ".join(repr("/".join(parts)) for parts, _ in found)  # may be no UTF-8
             problem = f"could be any of {known}" if found else "does not exist"
             where = f"{self.root} or its (deflated or stored) zip files"
             raise InputError(f"image {name!r} {problem} in {where}")
 
         # 2. Its content, unless it unpacks to more than an image should hold.
-        what = f"image {found[0].path!r} in {self.root} cannot be read"
-        with as_input_error(what, *DAMAGED), found[0].open() as file:
+        [(parts, open_file)] = found
+        what = f"image {'/'.join(parts)!r} in {self.root} cannot be read"
+        with as_input_error(what, *DAMAGED), open_file() as file:
             content = file.read(LARGEST + 1)
             if len(content) > LARGEST:
                 raise ValueError(f"over {LARGEST} bytes")
             return content
 
 
-def images_in_zip(path: Path) -> Iterator[StoredImage]:
-    """The files in a zip file that unpack bit by bit, so that a bomb can be stopped."""
-    try:
-        archive = ZipFile(path)
-    except DAMAGED as error:
-        raise OSError(f"{path} cannot be read: {error}") from error
-    for member in archive.infolist():
-        if not member.is_dir() and member.compress_type in (ZIP_STORED, ZIP_DEFLATED):
-            known = Path(path.stem, member.filename).as_posix()
-            yield StoredImage(known, partial(archive.open, member))
-
-
-def image_index(cfg: ConvertConfig, root: Path) -> ImageIndex:
-    """Where the images of rows from `root` are. InputError if --images is no folder or zip file."""
-    if not cfg.images:
-        return ImageIndex(root if root.is_dir() else root.parent)
-    found = fetch(cfg.images)
-    if not found.is_dir() and not (found.is_file() and found.suffix.lower() == ".zip"):
-        raise InputError(f"--images {cfg.images} is neither a folder nor a zip file")
-    return ImageIndex(found)
-
-
 def place_image(
     image: str | dict[str, Any], base: Path, folder: Path, index: ImageIndex | None = None
 ) -> str:
-    """The path of a row's image relative to `folder`.
-
-    `image` is a path below `base`, a path that `index` knows, or {"bytes", "path"}. What is outside
-    `folder` is copied to its images/, whole or not at all, and named by its content; what is there
-    is not written again. InputError if there is no such image, OSError naming the copy.
-    """
+    """The path, relative to `folder`, of an image: of a path below `base`, a path that `index`
+    knows, or {"bytes", "path"}. What is outside `folder` is copied to its images/, whole or not at
+    all, once, and named by its content. InputError if there is no such image."""
     name, content = image, None
     if isinstance(image, dict):
         name, content = image.get("path"), image.get("bytes")
@@ -1446,69 +1393,6 @@ def place_image(
     if not os.path.isfile(folder / copy) or os.path.getsize(folder / copy) != len(content):
         write_atomic(folder / copy, content)
     return copy
-
-
-# ---- duplicates
-
-
-def plain_words(text: str | None) -> str:
-    """A text in NFKC and case-folded, without invisible characters, its words one space apart."""
-    visible = reward.INVISIBLE.sub("", text or "")
-    return " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
-
-
-def content_key(sample: Sample) -> bytes:
-    """Equal for duplicates: the plain words of request and response, and the decoded pixels of the
-    image. InputError if that cannot be decoded."""
-    image = None if sample.image is None else open_image(sample.image_path)
-    size, pixels = (image.size, image.tobytes()) if image else (None, b"")
-    header = json.dumps([plain_words(sample.request), plain_words(sample.response), size])
-    return hashlib.sha256(header.encode() + pixels).digest()
-
-
-def is_part_of(sample: Sample, whole: Sample) -> bool:
-    """Whether a sample's texts are there, as whole words, in one that was concatenated. Never for a
-    sample without a request: augment.py also writes parents as rows, which find_duplicates sees."""
-    request, response = plain_words(sample.request), plain_words(sample.response)
-    has_request = f" {request} " in f" {plain_words(whole.request)} "
-    has_response = f" {response} " in f" {plain_words(whole.response)} "
-    return request != "" and has_request and (response == "" or has_response)
-
-
-def find_duplicates(
-    rows: list[Converted], others: list[tuple[str, Sample]], out: str
-) -> list[Duplicate | None]:
-    """What each row duplicates. Seen first are the samples of `others`, (file, sample), then the
-    parents of the concatenated ones among them, then these rows, which go to `out`, in order."""
-    # 1. The samples of the other files, and what was concatenated from which id.
-    first: dict[bytes, Duplicate] = {}  # by content_key: how to call what comes later
-    children: dict[str, list[Duplicate]] = defaultdict(list)
-    for path, other in others:
-        first.setdefault(content_key(other), Duplicate("equal to", other, path))
-        for parent in other.parents or ():
-            children[parent].append(Duplicate("concatenated into", other, path))
-
-    # 2. Their parents. Another file can have the same ids: the texts must agree, too.
-    for row in rows:
-        for child in children[row.sample.id]:
-            if is_part_of(row.sample, child.of):
-                first.setdefault(row.key, child)
-
-    # 3. Each row is the first with its content, or a duplicate of that one.
-    found = []
-    for row in rows:
-        seen = first.setdefault(row.key, Duplicate("equal to", row.sample, out))
-        if seen.how == "equal to" and have_different_labels(row.sample, seen.of):
-            seen = seen._replace(how="equal but for a label to")
-        found.append(None if seen.of is row.sample else seen)
-    return found
-
-
-def have_different_labels(one: Sample, other: Sample) -> bool:
-    """Whether both samples have a label for the same task, but not the same label."""
-    requests = {one.request_label, other.request_label} - {None}
-    responses = {one.response_label, other.response_label} - {None}
-    return len(requests) == 2 or len(responses) == 2
 
 
 # ---- reasoning by a teacher

@@ -22,6 +22,7 @@ import toy
 from PIL import Image, features
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import augment
 import data
 import reward
 from data import InputError, Row, Sample, Segment, option, prefetch
@@ -965,10 +966,12 @@ def test_convert_a_folder_in_place(tmp_path):
     )
     (tmp_path / "a.json").write_text(json.dumps([message_row(USER.format("Hi", "None"), answer())]))
     (tmp_path / "notes.txt").write_text("not data")
-    for _ in range(2):  # the second run does not read the output of the first
-        data.convert(data.ConvertConfig(str(tmp_path), str(tmp_path / "out.jsonl")))
-        samples = data.read_samples([str(tmp_path / "out.jsonl")])
-        assert [(one.id, one.image) for one in samples] == [("a-1", None), ("b-1", "images/a.png")]
+    cfg = data.ConvertConfig(str(tmp_path), str(tmp_path / "out.jsonl"))
+    data.convert(cfg)
+    samples = data.read_samples([str(tmp_path / "out.jsonl")])
+    assert [(one.id, one.image) for one in samples] == [("a-1", None), ("b-1", "images/a.png")]
+    with pytest.raises(InputError, match="out.jsonl is or holds an input"):  # it does by now
+        data.convert(cfg)
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["a.png"]  # not copied
 
 
@@ -1251,16 +1254,17 @@ def test_duplicates(tmp_path, capsys):
     convert(tmp_path, [labelled("TEA", label="unharmful"), labelled("new")], name="Test.json")
     out = tmp_path / "data" / "train.jsonl"
     test, rl = str(out.rename(tmp_path / "test.jsonl")), str(tmp_path / "rl.jsonl")
-    write(
-        tmp_path / "rl.jsonl",
-        {"id": "mix", "source": "s", "request": "Rum Gin", "parents": ids[9:11]},
-    )
+    parents = [
+        {"id": id, "source": "s", "request": text} for id, text in zip(ids[9:], ("rum", "Gin"))
+    ]
+    mix = {"id": "mix", "source": "s", "request": "Rum Gin", "parents": ids[9:11]}
+    write(tmp_path / "rl.jsonl", *parents, mix)  # augment.py writes the parents, too
     capsys.readouterr()
     samples, rejected = convert(tmp_path, rows, against=[test, rl])
     assert [one.id for one in samples] == ids[:11] and len(rejected) == 1
     assert (
-        f"11 samples = 4 met for the first time + 3 concatenated into one in {rl} + 1 equal but for a label "
-        f"to one in {out} + 1 equal but for a label to one in {test} + 2 equal to one in {out}\n"
+        f"11 samples = 4 met for the first time + 1 equal but for a label to one in {out} + "
+        f"1 equal but for a label to one in {test} + 2 equal to one in {out} + 3 equal to one in {rl}\n"
         f"12 rows read = 11 in {out} + 1 refused + 0 duplicates left out, in "
     ) in capsys.readouterr().out
     samples, rejected = convert(tmp_path, rows, against=[test, rl], drop_duplicates=True)
@@ -1270,8 +1274,10 @@ def test_duplicates(tmp_path, capsys):
         (3, f"equal but for a label to {ids[0]} in {out}"),
         (6, f"equal to {ids[4]} in {out}"),
         (8, f"equal but for a label to Test-1 in {test}"),
-        *((n, f"concatenated into mix in {rl}") for n in (9, 10, 11)),
-    ]  # row 9 is equal to one
+        (9, f"equal to {ids[9]} in {rl}"),
+        (10, f"equal to {ids[9]} in {rl}"),
+        (11, f"equal to {ids[10]} in {rl}"),
+    ]
     assert (
         f"12 rows read = 4 in {out} + 1 refused + 7 duplicates left out" in capsys.readouterr().out
     )
@@ -1279,6 +1285,27 @@ def test_duplicates(tmp_path, capsys):
         convert(tmp_path, rows, against=[str(out)])
     with pytest.raises(InputError, match="none of its 1 rows"):
         convert(tmp_path, rows[7:8], against=[test], drop_duplicates=True)
+
+
+def test_concatenated_samples_stay_with_their_parents(tmp_path):
+    """augment.py writes them into one file: what the parents say is found by content."""
+    (tmp_path / "released").mkdir()
+    picture(tmp_path / "released" / "a.png")
+    rows = [
+        labelled("Pack it", image="a.png"),
+        labelled("Tea", "Yes."),
+        labelled("Rum"),
+        labelled("Gin"),
+    ]
+    samples, _ = convert(tmp_path, rows)
+    (tmp_path / "rl").mkdir()
+    parents = [augment.copy_into(one, tmp_path / "rl") for one in samples[:3]]
+    joined = [augment.concatenate(*parents[:2]), augment.concatenate(parents[2], parents[0])]
+    data.write_samples(tmp_path / "rl" / "rl.jsonl", parents + joined)
+    against = [str(tmp_path / "rl" / "rl.jsonl")]
+    [left], rejected = convert(tmp_path, rows, against=against, drop_duplicates=True)
+    assert left.request == "Gin" and [row["row"] for row in rejected] == [1, 2, 3]
+    assert {row["reason"].partition(" GuardTrain")[0] for row in rejected} == {"equal to"}
 
 
 # ---- labels are never invented
@@ -1405,23 +1432,6 @@ def test_invisible_characters_do_not_hide_a_duplicate(unseen):
     plain, marked = sample(request="Pack it"), sample(request=f"Pa{unseen}ck {unseen} it{unseen}")
     assert data.content_key(marked) == data.content_key(plain)
     assert data.content_key(sample(request="Packit")) != data.content_key(plain)
-
-
-def test_parents_are_not_matched_by_a_bare_id(tmp_path):
-    """Two files of one name give their rows the same ids; a parent's texts must agree, too."""
-    child = {"id": "a+b", "source": "concat", "request": "Rum and gin Tea", "response": "No. Yes."}
-    against = write(tmp_path / "rl.jsonl", child | {"parents": ["train-1", "train-2", "train-3"]})
-    rows = [
-        labelled("Other words"),  # train-1 of another file
-        labelled("TEA", "yes."),  # train-2: a parent
-        labelled("Rum", "Maybe."),  # train-3: the response is not in there
-        labelled("Rum and gin"),  # train-4: the text is, the id is not
-    ]
-    samples, rejected = convert(
-        tmp_path, rows, "train.json", against=[against], drop_duplicates=True
-    )
-    assert [one.id for one in samples] == ["train-1", "train-3", "train-4"]
-    assert rejected[0]["reason"] == f"concatenated into a+b in {against}"
 
 
 # ---- the files that convert reads and writes
