@@ -330,7 +330,7 @@ def update_policy(
     metrics = {"clip": clip, "lr": cfg.lr, "seconds_update": seconds}
     metrics |= update_metrics(losses, grad_norms, sums, batches, ranks)
     rows = [batch.row for batch in batches]  # forward also for P_old
-    return metrics | sft.training_speed(model, rows, seconds, ranks, forwards=1)
+    return metrics | sft.training_speed(model, rows, seconds, ranks, forwards=2)
 
 
 def main(cfg: Config) -> None:

@@ -17,7 +17,6 @@ micro-batches; samples over the length limit are left out and counted, not cut.
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -66,6 +65,7 @@ from model import QwenVL, Ranks, choose_dtype, full, load, locate, outline, save
 
 # The metrics on the screen.
 SHOWN = "loss lr grad_norm trained_tokens_per_second mfu seconds validation_loss"
+RECENT = 100  # steps whose mean time predicts the time left
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def with_targets(paths: list[str], cfg: Config, ranks: Ranks) -> list[Sample]:
     kept = [sample for sample in samples if sample.is_complete]
     left_out = len(samples) - len(kept)
     if left_out and ranks.rank == 0:
-        count = f"{left_out} of {len(samples)} samples"
-        print(f"{count} lack reasoning or a label, and are left out")
+        print(f"{left_out} of {len(samples)} samples lack reasoning or a label, and are left out")
     if not kept:
         hint = "`python data.py synthesize` writes the reasoning of labelled samples"
         raise InputError(f"{files}: no sample has reasoning and labels; {hint}")
@@ -147,13 +146,13 @@ def packed_rows(samples: list[Sample], encoder: Encoder, cfg: Config) -> tuple[l
     """Samples as packed rows of at most pack_tokens tokens, and how many samples are over
     max_tokens and left out."""
     rows = list(prefetch(encoder.example, samples))
-    short = [r for r in rows if len(r) <= cfg.max_tokens]
+    short = [row for row in rows if len(row) <= cfg.max_tokens]
     too_long = len(rows) - len(short)
     if not short:  # every rank must run something: the shortest, with no token that counts
         row = min(rows, key=len)
         short = [replace(row, supervised=torch.zeros_like(row.supervised))]
     bins = pack(short, cfg.pack_tokens)
-    return [short[b[0]].join(*(short[i] for i in b[1:])) for b in bins], too_long
+    return [Row.join(*(short[i] for i in chosen)) for chosen in bins], too_long
 
 
 def sft_loss(model: QwenVL, row: Row, compute: torch.dtype) -> Tensor:
@@ -377,8 +376,7 @@ class Run:
     checkpoints/    step-N/rank-R-of-W.pt, the full state after step N, and .sha256: the last two
     """
 
-    # Settings that do not change what is computed, but for roundings (run.json has the dtype beside
-    # them, as "compute").
+    # Settings that do not change what is computed, but for roundings.
     may_change = {"out", "steps", "fresh", "save_every", "eval_every", "device", "dtype"}
     may_change |= {"pack_tokens", "max_branches", "checkpointing"}
     logs = ("metrics.jsonl", "rollouts.jsonl")
@@ -390,7 +388,6 @@ class Run:
         self.cfg, self.ranks, self.folder = cfg, ranks, Path(cfg.out)
         self.checkpoints = self.folder / "checkpoints"
         self.times = [time.perf_counter()]  # of the start, and of the end of each recent step
-        self.whole_steps = []  # whose checkpoints are known to be whole
         self.board = None  # TensorBoard's writer
         if ranks.rank == 0:
             if cfg.fresh:
@@ -419,10 +416,10 @@ class Run:
                 {**run["config"], "world": run["world"], "compute": run["compute"]}
                 for run in (before, now)
             )
-            replaced = changed_inputs(before["inputs"], now["inputs"])
+            inputs = changed_inputs(before["inputs"], now["inputs"])
         names = sorted(k for k in new.keys() - self.may_change if old.get(k) != new[k])
         changed = [f"{name} {old.get(name)} -> {new[name]}" for name in names]
-        changed += [f"other content of {name}" for name in replaced]
+        changed += [f"other content of {name}" for name in inputs]
         if changed:
             raise InputError(f"{self.folder}: a run with {', '.join(changed)}; {self.advice}")
 
@@ -439,16 +436,18 @@ class Run:
 
     def _last_whole(self) -> int:
         """The last step whose checkpoint is whole on every rank; 0 if there is no checkpoint yet.
-        Damaged ones after it are named on stderr. InputError if all are damaged."""
+        Damaged ones after it are named on stderr, and removed. InputError if all are damaged."""
         steps = self.ranks.gather(self._steps() if self.ranks.rank == 0 else [])
         damaged = []
         while steps and self.ranks.reduce(not is_sealed(self._part(self._at(steps[-1]))), "max"):
-            damaged.append(str(self._at(steps.pop())))
-        names = ", ".join(damaged)
+            damaged.append(self._at(steps.pop()))
+        names = ", ".join(map(str, damaged))
         if damaged and not steps:
             raise InputError(f"{names}: damaged, with no other left; {self.advice}")
         if damaged and self.ranks.rank == 0:
             print(f"{names}: damaged; going on from step {steps[-1]}", file=sys.stderr)
+            for folder in damaged:
+                shutil.rmtree(folder)
         return steps[-1] if steps else 0
 
     def restore(self, model: QwenVL, optimizer) -> int:
@@ -470,13 +469,12 @@ class Run:
                     local(moment).copy_(value)
                     optimizer.state[parameter][key] = moment
         self.times = [time.perf_counter()]
-        self.whole_steps = [step]
         return step
 
     def checkpoint(self, step: int, model: QwenVL, optimizer) -> None:
         """Write the full state after `step` steps. Once it is on the disk, on all ranks, it has its
-        final name, and all others but the last whole one before it are removed."""
-        partial, final = self.checkpoints / f"partial-{step:06d}", self._at(step)
+        final name, and all but the last two checkpoints are removed."""
+        partial = self.checkpoints / f"partial-{step:06d}"
         partial.mkdir(parents=True, exist_ok=True)
         if model.sharded:
             model.reshard()  # validation, forward without backward, leaves the root's weights whole
@@ -489,42 +487,43 @@ class Run:
         write_state(self._part(partial), state)
         self.ranks.barrier()
         if self.ranks.rank == 0:
-            logs = [self.folder / name for name in self.logs]
-            for path in (partial, *filter(Path.exists, logs)):
+            for path in (partial, *self.folder.glob("*.jsonl")):
                 sync(path)
-            if final.exists():
-                shutil.rmtree(final)  # damaged, so that the run went on from the one before it
-            os.replace(partial, final)
+            partial.rename(self._at(step))
             sync(self.checkpoints)
-            self.whole_steps = [*self.whole_steps, step][-2:]
-            kept = [self._at(whole) for whole in self.whole_steps]
-            for old in (*self.checkpoints.glob("step-*"), *self.checkpoints.glob("partial-*")):
-                if old not in kept:
-                    shutil.rmtree(old)
+            for old in (*map(self._at, self._steps()[:-2]), *self.checkpoints.glob("partial-*")):
+                shutil.rmtree(old)
         self.ranks.barrier()
 
     def log(self, step: int, metrics: dict, shown: str, last: int) -> None:
-        """One line per step: all metrics in metrics.jsonl, those named in `shown` on the screen.
-        Step 0, the evaluation before the first, says nothing about how long a step takes."""
+        """All metrics of a step, as a line of metrics.jsonl and, where it is installed, in
+        TensorBoard; on the screen those that `shown` names, and the time left.
+
+        Step 0, the evaluation before the first, says nothing about how long a step takes.
+        """
         now = time.perf_counter()
         self.times = [*self.times[-RECENT:], now] if step else [now]
-        if self.ranks.rank == 0:
-            append_records(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
-            self._log_to_tensorboard(step, metrics)
-            left = time_left(self.times, last - step)
-            print(screen_line(step, last, metrics, shown, left), flush=True)
-
-    def _log_to_tensorboard(self, step: int, metrics: dict) -> None:
-        """The same numbers in the folder tensorboard, where TensorBoard is installed. What an
-        earlier run has logged there from the first of these steps on is no longer shown."""
+        if self.ranks.rank > 0:
+            return
+        append_records(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            if self.board is None:
+            if self.board is None:  # what an earlier run has logged from this step on is not shown
                 self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()
+        parts = [f"step {step}/{last}"]
+        if step:
+            # At the mean pace of recent steps, with evaluations and checkpoints in between.
+            pace = (now - self.times[0]) / (len(self.times) - 1)
+            parts.append(f"left {timedelta(seconds=round(pace * (last - step)))}")
+        for name in shown.split():
+            if name in metrics:
+                digits = ".0f" if abs(metrics[name]) >= 100 else ".3g"
+                parts.append(f"{name.replace('_tokens_per_second', '/s')} {metrics[name]:{digits}}")
+        print("  ".join(parts), flush=True)
 
     def finish(self, done: int, total: int, model: QwenVL, optimizer, encoder, compute) -> None:
         """Leave the model in the folder. InputError if no step of the run has trained it."""
@@ -559,14 +558,13 @@ def local(tensor: Tensor) -> Tensor:
 
 def versions() -> dict:
     """What a run must name to be repeated: versions, threads, hardware, the commit of this code."""
-    folder = Path(__file__).resolve().parent
     git = subprocess.run(  # by a shell: git may be missing
-        "git rev-parse HEAD", shell=True, cwd=folder, capture_output=True, text=True
+        "git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "commit": git.stdout.strip() or None,
@@ -574,11 +572,11 @@ def versions() -> dict:
 
 
 class StopSignal:
-    """A request to stop while a loop runs: SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT).
+    """SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT), while a loop runs.
 
-    The first signal is noted, so that the loop can finish its step, write a checkpoint, and end
-    with the exit code 128 + signal. The next one ends the process at once, but not while it waits
-    for the device or for other ranks. Within `repeat` seconds it is the same signal, by way of
+    The first one is noted, so that the loop can finish its step, write a checkpoint, and end with
+    the exit code 128 + signal. The next one ends the process at once, but not while it waits for
+    the device or for other ranks. Within `repeat` seconds it is the same signal, by way of
     torchrun, which kills its workers 30 seconds later, or after its --shutdown-timeout.
     """
 
@@ -609,110 +607,58 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------- what a person watches
+# ---------------------------------------------------------------------- the speed of training
 
-RECENT = 100  # steps whose mean time predicts the time left
-
-# Dense bfloat16 FLOP/s of one card, from NVIDIA's data sheets (which often print twice as much, for
-# sparse matrices). The names are CUDA's, in full: a slice of a card (MIG) has no entry.
+# Dense bfloat16 FLOP/s of a card (NVIDIA's data sheets), by the whole name that CUDA gives it.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
-    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
 }
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The dense bfloat16 FLOP/s of the device, or None if it is not a card of the table."""
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def model_flops(model: QwenVL, row: Row, forwards: int = 1) -> float:
+    """The FLOPs of the matrices in `forwards` forward passes of a row and one backward pass.
 
-
-def matrix_parameters(module: torch.nn.Module) -> int:
-    """The parameters in the module's matrices: all but biases and norms."""
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
-
-
-def model_flops(model: QwenVL, row: Row) -> tuple[float, float]:
-    """The model FLOPs of a row's forward pass, and those of its backward pass.
-
-    Forward, a matrix takes 2 FLOPs per parameter and position, and the decoder's attention 4 per
-    layer, hidden unit, and pair of a query with a key that it sees. Backward, a matrix takes as
-    much for its gradient, if it trains, and as much for its input's, if it or an earlier part
-    trains; attention twice its forward. Not counted: the vision tower's attention, the embedding,
-    norms, activations, the optimizer, and what is computed again (checkpointed layers, the head).
+    For every position that it is applied to, a parameter takes 2 in each forward pass and, if it
+    trains, 4 in the backward pass. Not counted: attention's own products, norms, the optimizer, and
+    what is computed again (checkpointed layers, the head).
     """
-    vision, layers = model.visual, model.model.layers
-    patches, merger_size = len(row.pixels), matrix_parameters(vision.merger)
-    tower_size = matrix_parameters(vision) - merger_size
-    patch_weight = vision.patch_embed.proj.weight
-    parts = [  # in the order of the forward pass: (parameters, positions, whether they train)
-        (tower_size, patches, patch_weight.requires_grad),
-        (merger_size, patches / vision.merger.cell, vision.merger.mlp[0].weight.requires_grad),
-        (matrix_parameters(layers), len(row), layers[0].mlp.up_proj.weight.requires_grad),
-        (model.head.numel(), int(row.supervised.sum()), model.head.requires_grad),
+    vision, patches = model.visual, len(row.pixels)
+    parts = [  # (parameters, positions)
+        (vision.patch_embed.parameters(), patches),
+        (vision.blocks.parameters(), patches),
+        (vision.merger.parameters(), patches / vision.merger.cell),
+        (model.model.layers.parameters(), len(row)),
+        ([model.head], int(row.supervised.sum())),
     ]
-    pairs = 0  # of a query and a key
-    for segment in row.segments:
-        prefix = 0 if segment.prefix is None else row.segments[segment.prefix].length
-        pairs += segment.length * prefix + segment.length * (segment.length + 1) / 2
-    attention = 4 * model.config.num_hidden_layers * model.config.hidden_size * pairs
-    forward, backward = attention, 2 * attention
-    needs_gradient = False  # of its input: the part, or an earlier one, trains
-    for parameters, positions, trains in parts:
-        needs_gradient = needs_gradient or trains
-        flops = 2 * parameters * positions
-        forward += flops
-        backward += flops * (trains + needs_gradient)
-    return forward, backward
+    flops = 0.0
+    for parameters, positions in parts:
+        for parameter in parameters:
+            if parameter.dim() > 1:  # a matrix, no bias or norm
+                at_one_position = 2 * forwards + 4 * parameter.requires_grad
+                flops += at_one_position * parameter.numel() * positions
+    return flops
 
 
 def training_speed(
-    model: QwenVL, rows: list[Row], seconds: float, ranks: Ranks, forwards: int = 0
+    model: QwenVL, rows: list[Row], seconds: float, ranks: Ranks, forwards: int = 1
 ) -> dict[str, float]:
-    """trained_tokens_per_second and, if the card's peak is known, mfu, of all ranks together.
+    """trained_tokens_per_second and, for a known card, mfu, of all ranks together.
 
-    rows: those that this rank ran forward and backward in these seconds, and `forwards` times
-    forward only; each token counts once. mfu: the share in [0, 1] that the model FLOPs of all these
-    passes are of what the cards can do in dense bfloat16.
+    rows: those that this rank ran in these seconds, `forwards` times forward and once backward;
+    each token counts once. mfu: the model FLOPs, as a share in [0, 1] of what the cards can do.
     """
-    flops = 0.0
-    for row in rows:
-        forward, backward = model_flops(model, row)
-        flops += (1 + forwards) * forward + backward
-    flops, tokens = ranks.reduce(flops), ranks.reduce(sum(len(row) for row in rows))
+    flops = ranks.reduce(sum(model_flops(model, row, forwards) for row in rows))
+    tokens = ranks.reduce(sum(len(row) for row in rows))
     speed = {"trained_tokens_per_second": tokens / seconds}
-    peak = peak_flops(ranks.device)
-    if peak is not None:
-        speed["mfu"] = flops / (seconds * peak * ranks.world)
+    if ranks.device.type == "cuda":
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(ranks.device))
+        if peak is not None:
+            speed["mfu"] = flops / (seconds * peak * ranks.world)
     return speed
-
-
-def time_left(times: list[float], steps: int) -> float | None:
-    """Seconds that `steps` more steps take at the mean pace of recent ones; None before the first.
-    times: of the end of each; evaluations and checkpoints lie in between."""
-    if len(times) == 1:
-        return None
-    return steps * (times[-1] - times[0]) / (len(times) - 1)
-
-
-def screen_line(step: int, last: int, metrics: dict, shown: str, left: float | None) -> str:
-    """The step, the time left, and those metrics that `shown` names and that are there."""
-    parts = [f"step {step}/{last}"]
-    if left is not None:
-        parts.append(f"left {timedelta(seconds=round(left))}")
-    for name in shown.split():
-        if name in metrics:
-            digits = ".0f" if abs(metrics[name]) >= 100 else ".3g"
-            parts.append(f"{name.replace('_tokens_per_second', '/s')} {metrics[name]:{digits}}")
-    return "  ".join(parts)
 
 
 if __name__ == "__main__":
