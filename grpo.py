@@ -23,7 +23,6 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -272,21 +271,6 @@ def pack_groups(groups: list[Group], pack_tokens: int) -> list[MicroBatch]:
     return batches
 
 
-@torch.no_grad()
-def with_old_logprobs(
-    batches: list[MicroBatch], forward: Callable, ranks: Ranks
-) -> list[MicroBatch]:
-    """The batches on the device, with log P_old of Eq. (7), as the trainer computes it."""
-    done = []
-    for batch, is_real in sft.lockstep(batches, ranks):
-        old_logprobs, _ = forward(batch.row)
-        if is_real:
-            advantages = batch.advantages.to(ranks.device)
-            sampler_logprobs = batch.sampler_logprobs.to(ranks.device)
-            done.append(MicroBatch(batch.row, advantages, sampler_logprobs, old_logprobs))
-    return done
-
-
 def update_policy(
     model, optimizer, groups: list[Group], encoder, cfg: Config, clip: float, compute, ranks
 ) -> dict:
@@ -299,11 +283,14 @@ def update_policy(
             return model(row, cfg.temperature, encoder.banned_ids)
 
     # 1. Cut the rollout batch into mini-batches of packed rows, with log P_old of Eq. (7).
-    minibatches = []  # of each its packed rows on this rank, and its completion tokens on all ranks
+    minibatches = []  # of each, the batches of this rank, and the completion tokens of all ranks
     for start in range(0, cfg.rollout_batch, cfg.update_batch):
         chosen = [g for g in groups if start <= g.position < start + cfg.update_batch]
         tokens = ranks.reduce(sum(group.tokens for group in chosen))  # of left-out groups, too
-        batches = with_old_logprobs(pack_groups(chosen, cfg.pack_tokens), forward, ranks)
+        batches = pack_groups(chosen, cfg.pack_tokens)
+        with torch.no_grad():
+            old = [forward(batch.row)[0] for batch, _ in sft.lockstep(batches, ranks)]
+        batches = [replace(b, old_logprobs=logprobs) for b, logprobs in zip(batches, old)]
         minibatches.append((batches, tokens))
 
     # 2. Take one optimizer step on each.
@@ -312,12 +299,13 @@ def update_policy(
         total = 0.0
         for batch, is_real in sft.lockstep(batches, ranks):
             logprobs, entropy = forward(batch.row)
-            loss, counts = policy_loss(logprobs, batch.old_logprobs, batch.advantages, clip)
+            advantages = batch.advantages.to(ranks.device)
+            loss, counts = policy_loss(logprobs, batch.old_logprobs, advantages, clip)
             loss = loss * is_real / tokens  # the mean over the tokens of all ranks
             sft.backward(loss, ranks)
             total += loss.item()
             if is_real:
-                trains = batch.advantages != 0
+                trains = advantages != 0
                 sums.update(counts)
                 sums["entropy"] += entropy[trains].sum().item()
                 sums["tokens"] += int(trains.sum())
@@ -465,7 +453,8 @@ def update_metrics(
     trained = max(1.0, ranks.reduce(sums["tokens"]))
     for name in ("entropy", "approx_kl", "clipped_high", "clipped_low"):
         metrics[name] = ranks.reduce(sums[name]) / trained
-    difference = torch.cat([(b.old_logprobs - b.sampler_logprobs).abs() for b in batches])
+    sampler_logprobs = torch.cat([batch.sampler_logprobs for batch in batches]).to(ranks.device)
+    difference = (torch.cat([batch.old_logprobs for batch in batches]) - sampler_logprobs).abs()
     total, count = ranks.reduce(difference.sum().item()), ranks.reduce(len(difference))
     metrics["logprob_diff_mean"] = total / count
     metrics["logprob_diff_max"] = ranks.reduce(difference.max().item(), "max")

@@ -221,29 +221,31 @@ def train(cfg: Config, ranks: Ranks) -> None:
     last = max(done, min(total, cfg.steps or total))
 
     def batch(step: int) -> tuple[list[Row], int]:
-        indices = data_order(len(samples), step * cfg.batch_size, cfg.batch_size, cfg.seed)
+        start = (step - 1) * cfg.batch_size
+        indices = data_order(len(samples), start, cfg.batch_size, cfg.seed)
         return packed_rows([samples[i] for i in indices[ranks.rank :: ranks.world]], encoder, cfg)
 
-    steps = range(done, last)
+    steps = range(done + 1, last + 1)
     on_cpu = ranks.device.type == "cpu"  # where the step itself wants every core
     batches = map(batch, steps) if on_cpu else prefetch(batch, steps, workers=1)
     began = time.perf_counter()  # of the step, with the time it waits for its batch
     with StopSignal(ranks) as stop:
         for step, (rows, too_long) in zip(steps, batches):
+            # 1. Update the model on the batch, Eq. (3).
             tokens = ranks.reduce(sum(int(row.supervised.sum()) for row in rows))
-            lr = cosine(step, total, cfg.warmup, cfg.lr)
+            lr = cosine(step - 1, total, cfg.warmup, cfg.lr)
             metrics = train_step(model, optimizer, rows, tokens, lr, cfg.max_norm, compute, ranks)
             metrics["seconds"] = time.perf_counter() - began
             metrics["too_long"] = int(ranks.reduce(too_long))
             metrics |= training_speed(model, rows, metrics["seconds"], ranks)
-            done = step + 1
-            if validation and (done % cfg.eval_every == 0 or done == last):
+            # 2. Evaluate, report, and save.
+            if validation and (step % cfg.eval_every == 0 or step == last):
                 held_out = validation_loss(model, encoder, validation, cfg, compute, ranks)
                 metrics["validation_loss"] = held_out
-            run.log(done, metrics, SHOWN, last)
+            run.log(step, metrics, SHOWN, last)
             stopped = stop.agreed()
-            if done % cfg.save_every == 0 or done == last or stopped:
-                run.checkpoint(done, model, optimizer)
+            if step % cfg.save_every == 0 or step == last or stopped:
+                run.checkpoint(step, model, optimizer)
             if stopped:
                 sys.exit(128 + stopped)
             began = time.perf_counter()
@@ -496,11 +498,9 @@ class Run:
         self.ranks.barrier()
 
     def log(self, step: int, metrics: dict, shown: str, last: int) -> None:
-        """All metrics of a step, as a line of metrics.jsonl and, where it is installed, in
-        TensorBoard; on the screen those that `shown` names, and the time left.
-
-        Step 0, the evaluation before the first, says nothing about how long a step takes.
-        """
+        """A step's metrics: all of them in metrics.jsonl and (where installed) TensorBoard, on the
+        screen the time left and those that `shown` names. Step 0 is the evaluation before the first
+        step, and says nothing about how long one takes."""
         now = time.perf_counter()
         self.times = [*self.times[-RECENT:], now] if step else [now]
         if self.ranks.rank > 0:

@@ -187,10 +187,10 @@ def groups(world, encoder):
 
 
 def with_old_logprobs(net, groups, encoder, cfg) -> list[grpo.MicroBatch]:
-    def forward(row):
-        return net(row, cfg.temperature, encoder.banned_ids)
-
-    return grpo.with_old_logprobs(grpo.pack_groups(groups, cfg.pack_tokens), forward, ALONE)
+    batches = grpo.pack_groups(groups, cfg.pack_tokens)
+    with torch.no_grad():
+        old = [net(b.row, cfg.temperature, encoder.banned_ids)[0] for b in batches]
+    return [replace(b, old_logprobs=logprobs) for b, logprobs in zip(batches, old)]
 
 
 def packed(nets, groups, encoder, cfg):
