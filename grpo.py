@@ -59,9 +59,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Config:
-    model: str = option(
-        "out/sft", "checkpoint directory or hub id to start from", group="what it reads and writes"
-    )
+    model: str = option("out/sft", "checkpoint or hub id", group="what it reads and writes")
     data: list[str] = option(["out/rl.jsonl"], "JSONL files of labelled samples, from augment.py")
     validation: list[str] = option([], "JSONL files for F1 during training")
     out: str | None = option(
@@ -411,9 +409,6 @@ def validate(policy, encoder, samples: list[Sample], cfg: Config, ranks: Ranks) 
         found = evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0)
     found = ranks.gather(found)
     return {f"val_{name}": value for name, value in compute_metrics(found).items()}
-
-
-# ---------------------------------------------------------------------- what a step reports
 
 
 def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:

@@ -71,9 +71,7 @@ RECENT = 100  # steps whose mean time predicts the time left
 @dataclass(frozen=True)
 class Config:
     model: str = option(
-        "Qwen/Qwen2.5-VL-3B-Instruct",
-        "checkpoint directory or hub id",
-        group="what it reads and writes",
+        "Qwen/Qwen2.5-VL-3B-Instruct", "checkpoint or hub id", group="what it reads and writes"
     )
     data: list[str] = option(["data/train.jsonl"], "JSONL files of samples with reasoning")
     validation: list[str] = option([], "JSONL files for the validation loss")
@@ -324,7 +322,8 @@ def lockstep(batches: list, ranks: Ranks) -> Iterator[tuple[object, bool]]:
     then repeats its last one, with False, for a loss that is multiplied by zero.
     """
     for turn in range(int(ranks.reduce(len(batches), "max"))):
-        yield batches[min(turn, len(batches) - 1)], turn < len(batches)
+        is_real = turn < len(batches)
+        yield batches[turn if is_real else -1], is_real
 
 
 def backward(loss: Tensor, ranks: Ranks) -> None:
@@ -349,6 +348,58 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float)
         optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+# Dense bfloat16 FLOP/s of a card (NVIDIA's data sheets), by the whole name that CUDA gives it.
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
+
+
+def model_flops(model: QwenVL, row: Row, forwards: int = 1) -> float:
+    """The FLOPs of the matrices in `forwards` forward passes of a row and one backward pass.
+
+    For every position that it is applied to, a parameter takes 2 in each forward pass and, if it
+    trains, 4 in the backward pass. Not counted: attention's own products, norms, the optimizer, and
+    what is computed again (checkpointed layers, the head).
+    """
+    vision, patches = model.visual, len(row.pixels)
+    parts = [  # (parameters, positions)
+        (vision.patch_embed.parameters(), patches),
+        (vision.blocks.parameters(), patches),
+        (vision.merger.parameters(), patches / vision.merger.cell),
+        (model.model.layers.parameters(), len(row)),
+        ([model.head], int(row.supervised.sum())),
+    ]
+    flops = 0.0
+    for parameters, positions in parts:
+        for parameter in parameters:
+            if parameter.dim() > 1:  # a matrix, no bias or norm
+                at_one_position = 2 * forwards + 4 * parameter.requires_grad
+                flops += at_one_position * parameter.numel() * positions
+    return flops
+
+
+def training_speed(
+    model: QwenVL, rows: list[Row], seconds: float, ranks: Ranks, forwards: int = 1
+) -> dict[str, float]:
+    """trained_tokens_per_second and, for a known card, mfu, of all ranks together.
+
+    rows: those that this rank ran in these seconds, `forwards` times forward and once backward;
+    each token counts once. mfu: the model FLOPs, as a share in [0, 1] of what the cards can do.
+    """
+    flops = ranks.reduce(sum(model_flops(model, row, forwards) for row in rows))
+    tokens = ranks.reduce(sum(len(row) for row in rows))
+    speed = {"trained_tokens_per_second": tokens / seconds}
+    if ranks.device.type == "cuda":
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(ranks.device))
+        if peak is not None:
+            speed["mfu"] = flops / (seconds * peak * ranks.world)
+    return speed
 
 
 # ---------------------------------------------------------------------- a run on disk
@@ -402,7 +453,7 @@ class Run:
             settings = {"config": asdict(cfg), "world": ranks.world, "inputs": inputs}
             settings["compute"] = str(choose_dtype(cfg.dtype, ranks.device))  # "auto" is either
             self._check_same(settings)
-            text = json.dumps({**settings, **versions()}, indent=2)
+            text = json.dumps(settings | versions(), indent=2)
             write_atomic(self.folder / "run.json", text + "\n")
         ranks.barrier()
 
@@ -493,8 +544,9 @@ class Run:
                 sync(path)
             partial.rename(self._at(step))
             sync(self.checkpoints)
-            for old in (*map(self._at, self._steps()[:-2]), *self.checkpoints.glob("partial-*")):
-                shutil.rmtree(old)
+            old = [self._at(step) for step in self._steps()[:-2]]
+            for folder in (*old, *self.checkpoints.glob("partial-*")):
+                shutil.rmtree(folder)
         self.ranks.barrier()
 
     def log(self, step: int, metrics: dict, shown: str, last: int) -> None:
@@ -521,8 +573,9 @@ class Run:
             parts.append(f"left {timedelta(seconds=round(pace * (last - step)))}")
         for name in shown.split():
             if name in metrics:
+                short_name = name.replace("_tokens_per_second", "/s")
                 digits = ".0f" if abs(metrics[name]) >= 100 else ".3g"
-                parts.append(f"{name.replace('_tokens_per_second', '/s')} {metrics[name]:{digits}}")
+                parts.append(f"{short_name} {metrics[name]:{digits}}")
         print("  ".join(parts), flush=True)
 
     def finish(self, done: int, total: int, model: QwenVL, optimizer, encoder, compute) -> None:
@@ -605,60 +658,6 @@ class StopSignal:
     def __exit__(self, *error) -> None:
         for number, handler in self.usual.items():
             signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------- the speed of training
-
-# Dense bfloat16 FLOP/s of a card (NVIDIA's data sheets), by the whole name that CUDA gives it.
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-}
-
-
-def model_flops(model: QwenVL, row: Row, forwards: int = 1) -> float:
-    """The FLOPs of the matrices in `forwards` forward passes of a row and one backward pass.
-
-    For every position that it is applied to, a parameter takes 2 in each forward pass and, if it
-    trains, 4 in the backward pass. Not counted: attention's own products, norms, the optimizer, and
-    what is computed again (checkpointed layers, the head).
-    """
-    vision, patches = model.visual, len(row.pixels)
-    parts = [  # (parameters, positions)
-        (vision.patch_embed.parameters(), patches),
-        (vision.blocks.parameters(), patches),
-        (vision.merger.parameters(), patches / vision.merger.cell),
-        (model.model.layers.parameters(), len(row)),
-        ([model.head], int(row.supervised.sum())),
-    ]
-    flops = 0.0
-    for parameters, positions in parts:
-        for parameter in parameters:
-            if parameter.dim() > 1:  # a matrix, no bias or norm
-                at_one_position = 2 * forwards + 4 * parameter.requires_grad
-                flops += at_one_position * parameter.numel() * positions
-    return flops
-
-
-def training_speed(
-    model: QwenVL, rows: list[Row], seconds: float, ranks: Ranks, forwards: int = 1
-) -> dict[str, float]:
-    """trained_tokens_per_second and, for a known card, mfu, of all ranks together.
-
-    rows: those that this rank ran in these seconds, `forwards` times forward and once backward;
-    each token counts once. mfu: the model FLOPs, as a share in [0, 1] of what the cards can do.
-    """
-    flops = ranks.reduce(sum(model_flops(model, row, forwards) for row in rows))
-    tokens = ranks.reduce(sum(len(row) for row in rows))
-    speed = {"trained_tokens_per_second": tokens / seconds}
-    if ranks.device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(ranks.device))
-        if peak is not None:
-            speed["mfu"] = flops / (seconds * peak * ranks.world)
-    return speed
 
 
 if __name__ == "__main__":
