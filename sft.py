@@ -544,7 +544,7 @@ class Run:
                 sync(path)
             partial.rename(self._at(step))
             sync(self.checkpoints)
-            old = [self._at(step) for step in self._steps()[:-2]]
+            old = [self._at(earlier) for earlier in self._steps()[:-2]]
             for folder in (*old, *self.checkpoints.glob("partial-*")):
                 shutil.rmtree(folder)
         self.ranks.barrier()

@@ -608,6 +608,7 @@ def test_with_the_newest_checkpoint_damaged_the_one_before_is_taken(halted, caps
     damage(newest / f"rank-0-of-1{suffix}", how)
     assert restored(halted) == 1
     assert capsys.readouterr().err == f"{newest}: damaged; going on from step 1\n"
+    assert [path.name for path in newest.parent.iterdir()] == ["step-000001"]
     assert [line["step"] for line in metrics(halted.out)] == [1]
 
 
