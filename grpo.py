@@ -23,13 +23,13 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+import sft
 from data import (
     Encoder,
     InputError,
@@ -48,19 +48,6 @@ from data import (
 from evaluate import compute_metrics, evaluate_samples
 from model import Completion, QwenVL, Ranks, generate, replica, start_ranks
 from reward import FLOOR, Reward, score
-from sft import (
-    Run,
-    StopSignal,
-    backward,
-    compute_in,
-    data_order,
-    load_for_training,
-    lockstep,
-    make_optimizer,
-    optimizer_step,
-    prepared,
-    training_speed,
-)
 
 # The metrics on the screen.
 SHOWN = (
@@ -72,9 +59,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Config:
-    model: str = option(
-        "out/sft", "checkpoint directory or hub id to start from", group="what it reads and writes"
-    )
+    model: str = option("out/sft", "checkpoint or hub id", group="what it reads and writes")
     data: list[str] = option(["out/rl.jsonl"], "JSONL files of labelled samples, from augment.py")
     validation: list[str] = option([], "JSONL files for F1 during training")
     out: str | None = option(
@@ -168,30 +153,6 @@ class MicroBatch:
     sampler_logprobs: Tensor  # [S]
     old_logprobs: Tensor | None = None  # [S], of the same policy, as the trainer computes them
 
-    def join(self, *others: "MicroBatch") -> "MicroBatch":
-        """Several of them as one row, before their old_logprobs are known."""
-        batches = [self, *others]
-        return MicroBatch(
-            self.row.join(*(batch.row for batch in others)),
-            torch.cat([batch.advantages for batch in batches]),
-            torch.cat([batch.sampler_logprobs for batch in batches]),
-        )
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """What one optimizer step trains on."""
-
-    batches: list[MicroBatch]  # those of this rank
-    tokens: float  # completion tokens of all ranks, by which the loss is divided
-
-
-class Step(NamedTuple):
-    """What an optimizer step reports."""
-
-    loss: float
-    grad_norm: float
-
 
 # ---------------------------------------------------------------------- the method
 
@@ -250,17 +211,10 @@ def rollout(
 
     show: with a progress bar, which moves by G completions when the last of a prompt is finished.
     """
-    rows: dict[int, Row] = {}
-
-    def encode_prompts() -> Iterator[tuple[int, Row]]:
-        """(position, prompt) of every sample, as the sampler takes them."""
-        for position, row in zip(prompts, prefetch(encoder.prompt, prompts.values())):
-            rows[position] = row
-            yield position, row
-
+    rows = dict(zip(prompts, prefetch(encoder.prompt, prompts.values())))  # position: prompt
     finished = generate(
         policy,
-        encode_prompts(),
+        rows.items(),
         cfg.group,
         cfg.max_new_tokens,
         cfg.temperature,
@@ -307,24 +261,12 @@ def pack_groups(groups: list[Group], pack_tokens: int) -> list[MicroBatch]:
             parts.append(MicroBatch(row, torch.cat(advantages), torch.cat(logprobs)))
     batches = []
     for chosen in pack([part.row for part in parts], pack_tokens):
-        first, *others = [parts[i] for i in chosen]
-        batches.append(first.join(*others))
+        joined = [parts[i] for i in chosen]
+        row = Row.join(*(part.row for part in joined))
+        advantages = torch.cat([part.advantages for part in joined])
+        logprobs = torch.cat([part.sampler_logprobs for part in joined])
+        batches.append(MicroBatch(row, advantages, logprobs))
     return batches
-
-
-@torch.no_grad()
-def with_old_logprobs(
-    batches: list[MicroBatch], forward: Callable, ranks: Ranks
-) -> list[MicroBatch]:
-    """The batches on the device, with log P_old of Eq. (7), as the trainer computes it."""
-    done = []
-    for batch, is_real in lockstep(batches, ranks):
-        old_logprobs, _ = forward(batch.row)
-        if is_real:
-            advantages = batch.advantages.to(ranks.device)
-            sampler_logprobs = batch.sampler_logprobs.to(ranks.device)
-            done.append(MicroBatch(batch.row, advantages, sampler_logprobs, old_logprobs))
-    return done
 
 
 def update_policy(
@@ -335,42 +277,46 @@ def update_policy(
 
     def forward(row: Row) -> tuple[Tensor, Tensor]:
         """log P of the row's completion tokens, and the entropies, both [S]."""
-        with compute_in(compute, model):
+        with sft.compute_in(compute, model):
             return model(row, cfg.temperature, encoder.banned_ids)
 
     # 1. Cut the rollout batch into mini-batches of packed rows, with log P_old of Eq. (7).
-    minibatches = []
+    minibatches = []  # of each, the batches of this rank, and the completion tokens of all ranks
     for start in range(0, cfg.rollout_batch, cfg.update_batch):
         chosen = [g for g in groups if start <= g.position < start + cfg.update_batch]
         tokens = ranks.reduce(sum(group.tokens for group in chosen))  # of left-out groups, too
-        batches = with_old_logprobs(pack_groups(chosen, cfg.pack_tokens), forward, ranks)
-        minibatches.append(MiniBatch(batches, tokens))
+        batches = pack_groups(chosen, cfg.pack_tokens)
+        with torch.no_grad():
+            old = [forward(batch.row)[0] for batch, _ in sft.lockstep(batches, ranks)]
+        batches = [replace(b, old_logprobs=logprobs) for b, logprobs in zip(batches, old)]
+        minibatches.append((batches, tokens))
 
     # 2. Take one optimizer step on each.
-    steps, sums = [], Counter()
-    for minibatch in minibatches:
+    losses, grad_norms, sums = [], [], Counter()
+    for batches, tokens in minibatches:
         total = 0.0
-        for batch, is_real in lockstep(minibatch.batches, ranks):
+        for batch, is_real in sft.lockstep(batches, ranks):
             logprobs, entropy = forward(batch.row)
-            loss, counts = policy_loss(logprobs, batch.old_logprobs, batch.advantages, clip)
-            loss = loss * is_real / minibatch.tokens  # the mean over the tokens of all ranks
-            backward(loss, ranks)
+            advantages = batch.advantages.to(ranks.device)
+            loss, counts = policy_loss(logprobs, batch.old_logprobs, advantages, clip)
+            loss = loss * is_real / tokens  # the mean over the tokens of all ranks
+            sft.backward(loss, ranks)
             total += loss.item()
             if is_real:
-                trains = batch.advantages != 0
+                trains = advantages != 0
                 sums.update(counts)
                 sums["entropy"] += entropy[trains].sum().item()
                 sums["tokens"] += int(trains.sum())
-        grad_norm = optimizer_step(optimizer, cfg.lr, cfg.max_norm)
-        steps.append(Step(ranks.reduce(total), grad_norm))
+        grad_norms.append(sft.optimizer_step(optimizer, cfg.lr, cfg.max_norm))
+        losses.append(ranks.reduce(total))
 
     # 3. Report.
-    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+    batches = [batch for of_one_step, _ in minibatches for batch in of_one_step]
     seconds = time.perf_counter() - began
     metrics = {"clip": clip, "lr": cfg.lr, "seconds_update": seconds}
-    metrics |= update_metrics(steps, sums, batches, ranks)
-    rows = [batch.row for batch in batches]
-    return metrics | training_speed(model, rows, seconds, ranks, forwards=1)
+    metrics |= update_metrics(losses, grad_norms, sums, batches, ranks)
+    rows = [batch.row for batch in batches]  # forward also for P_old
+    return metrics | sft.training_speed(model, rows, seconds, ranks, forwards=2)
 
 
 def main(cfg: Config) -> None:
@@ -384,29 +330,36 @@ def main(cfg: Config) -> None:
     if cfg.floor > cfg.beta:
         raise InputError(f"--floor {cfg.floor} is above beta, {cfg.beta:.3g}, Eq. (10)")
     ranks = start_ranks(cfg.device)
-    with prepared(cfg, ranks):
+    if cfg.update_batch < ranks.world:
+        raise InputError(f"--update-batch {cfg.update_batch} is less than one for each rank")
+    with sft.prepared(cfg, ranks):
         train(cfg, ranks)
 
 
 def train(cfg: Config, ranks: Ranks) -> None:
     """The run in the folder cfg.out, which no other run writes to, from its last checkpoint on."""
-    model, encoder, compute = load_for_training(cfg, ranks)
+    model, encoder, compute = sft.load_for_training(cfg, ranks)
     samples = filter_prompts(read_samples(cfg.data, cfg.skip_bad), encoder, cfg, ranks)
     validation = read_samples(cfg.validation, cfg.skip_bad) if cfg.validation else []
-    total = total_steps(samples, cfg, ranks)
-    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
-    run = Run(cfg, ranks, samples + validation)
+    total = int(cfg.epochs * len(samples)) // cfg.rollout_batch
+    if len(samples) < cfg.rollout_batch or total == 0:
+        raise InputError(
+            f"{len(samples)} prompts with --rollout-batch {cfg.rollout_batch} and --epochs "
+            f"{cfg.epochs}: not one step; check the labels and --max-prompt-tokens, too"
+        )
+    optimizer = sft.make_optimizer(model, cfg.lr, cfg.weight_decay)
+    run = sft.Run(cfg, ranks, samples + validation)
     done = run.restore(model, optimizer)
     last = max(done, min(total, cfg.steps or total))
     if validation and not done:
         metrics = validate(replica(model, compute), encoder, validation, cfg, ranks)
         run.log(0, metrics, SHOWN, last)
 
-    with StopSignal(ranks) as stop:
+    with sft.StopSignal(ranks) as stop:
         for step in range(done + 1, last + 1):
             # 1. Sample completions; rewards and advantages, Eq. (7) to (10).
             start = (step - 1) * cfg.rollout_batch
-            indices = data_order(len(samples), start, cfg.rollout_batch, cfg.seed)
+            indices = sft.data_order(len(samples), start, cfg.rollout_batch, cfg.seed)
             mine = range(ranks.rank, cfg.rollout_batch, ranks.world)
             prompts = {i: samples[indices[i]] for i in mine}
             began = time.perf_counter()
@@ -445,23 +398,7 @@ def filter_prompts(samples: list[Sample], encoder, cfg: Config, ranks: Ranks) ->
     if ranks.rank == 0:
         left_out = f"{len(samples) - len(kept)} unlabelled, {len(kept) - len(short)} too long"
         print(f"{len(short)} prompts; left out: {left_out}")
-    if not short:
-        names = ", ".join(cfg.data)
-        raise InputError(f"{names}: no usable prompt; check --max-prompt-tokens and the labels")
     return short
-
-
-def total_steps(samples: list[Sample], cfg: Config, ranks: Ranks) -> int:
-    """The steps of the whole run. InputError if there are none, or not every rank has a prompt."""
-    given = f"{len(samples)} prompts, --rollout-batch {cfg.rollout_batch}"
-    if len(samples) < cfg.rollout_batch:
-        raise InputError(f"{given}: not enough for a batch")
-    if cfg.update_batch < ranks.world:
-        raise InputError(f"--update-batch {cfg.update_batch} is less than one for each rank")
-    total = int(cfg.epochs * len(samples)) // cfg.rollout_batch
-    if total == 0:
-        raise InputError(f"{given}, --epochs {cfg.epochs}: not one step")
-    return total
 
 
 def validate(policy, encoder, samples: list[Sample], cfg: Config, ranks: Ranks) -> dict:
@@ -472,9 +409,6 @@ def validate(policy, encoder, samples: list[Sample], cfg: Config, ranks: Ranks) 
         found = evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0)
     found = ranks.gather(found)
     return {f"val_{name}": value for name, value in compute_metrics(found).items()}
-
-
-# ---------------------------------------------------------------------- what a step reports
 
 
 def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
@@ -494,46 +428,62 @@ def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
         "reward_std": stds,
         "zero_std_groups": [not group.advantages.any() for group in groups],
     }
-    sums = {name: ranks.reduce(sum(v)) for name, v in values.items()}
-    counts = {name: max(1.0, ranks.reduce(len(v))) for name, v in values.items()}
-    speed = sums["tokens"] / ranks.reduce(seconds, "max")
-    means = {name: sums[name] / counts[name] for name in values}
-    return {**means, "sampled_tokens_per_second": speed, "seconds_rollout": seconds}
+    metrics = {}
+    for name, known in values.items():
+        metrics[name] = ranks.reduce(sum(known)) / max(1.0, ranks.reduce(len(known)))
+    sampled = ranks.reduce(sum(values["tokens"]))
+    metrics["sampled_tokens_per_second"] = sampled / ranks.reduce(seconds, "max")
+    return {**metrics, "seconds_rollout": seconds}
 
 
 def update_metrics(
-    steps: list[Step], sums: Counter, batches: list[MicroBatch], ranks: Ranks
+    losses: list[float], grad_norms: list[float], sums: Counter, batches: list[MicroBatch], ranks
 ) -> dict:
     """Means over the optimizer steps, and over the tokens of all ranks that have an advantage."""
-    difference = torch.cat([(b.old_logprobs - b.sampler_logprobs).abs() for b in batches])
-    trained = max(1.0, ranks.reduce(sums["tokens"]))
-    names = ("entropy", "approx_kl", "clipped_high", "clipped_low")
-    return {
-        "loss": sum(step.loss for step in steps) / len(steps),
-        "grad_norm": sum(step.grad_norm for step in steps) / len(steps),
-        "skipped": sum(not math.isfinite(step.grad_norm) for step in steps),
-        **{name: ranks.reduce(sums[name]) / trained for name in names},
-        "logprob_diff_mean": ranks.reduce(difference.sum().item()) / ranks.reduce(len(difference)),
-        "logprob_diff_max": ranks.reduce(difference.max().item(), "max"),
+    metrics = {
+        "loss": sum(losses) / len(losses),
+        "grad_norm": sum(grad_norms) / len(grad_norms),
+        "skipped": sum(not math.isfinite(norm) for norm in grad_norms),
     }
+    trained = max(1.0, ranks.reduce(sums["tokens"]))
+    for name in ("entropy", "approx_kl", "clipped_high", "clipped_low"):
+        metrics[name] = ranks.reduce(sums[name]) / trained
+    sampler_logprobs = torch.cat([batch.sampler_logprobs for batch in batches]).to(ranks.device)
+    difference = (torch.cat([batch.old_logprobs for batch in batches]) - sampler_logprobs).abs()
+    total, count = ranks.reduce(difference.sum().item()), ranks.reduce(len(difference))
+    metrics["logprob_diff_mean"] = total / count
+    metrics["logprob_diff_max"] = ranks.reduce(difference.max().item(), "max")
+    return metrics
 
 
 def record(group: Group, step: int, clip: float) -> dict:
     """A record of rollouts.jsonl: what shows a person why a group was updated as it was."""
-    results = zip(group.outputs, group.completions, group.rewards, group.advantages.tolist())
     outputs = []
+    results = zip(group.outputs, group.completions, group.rewards, group.advantages.tolist())
     for output, completion, reward, advantage in results:
-        length = {"n_tokens": len(completion.ids), "finished": completion.finished}
-        earned = {"reward": asdict(reward), "advantage": advantage}
-        outputs.append({"output": output, **length, **earned})
-    sample = group.sample
-    labels = {"request_label": sample.request_label, "response_label": sample.response_label}
-    return {"step": step, "id": sample.id, **labels, "clip": clip, "outputs": outputs}
+        outputs.append(
+            {
+                "output": output,
+                "n_tokens": len(completion.ids),
+                "finished": completion.finished,
+                "reward": asdict(reward),
+                "advantage": advantage,
+            }
+        )
+    return {
+        "step": step,
+        "id": group.sample.id,
+        "request_label": group.sample.request_label,
+        "response_label": group.sample.response_label,
+        "clip": clip,
+        "outputs": outputs,
+    }
 
 
-def write_rollouts(run: Run, groups: list[Group], step: int, clip: float) -> None:
+def write_rollouts(run: sft.Run, groups: list[Group], step: int, clip: float) -> None:
     """Append the step's groups of all ranks to rollouts.jsonl, in the order of the data."""
-    records = dict(run.ranks.gather([(g.position, record(g, step, clip)) for g in groups]))
+    mine = [(group.position, record(group, step, clip)) for group in groups]
+    records = dict(run.ranks.gather(mine))
     if run.ranks.rank == 0:
         ordered = [records[position] for position in sorted(records)]
         append_records(run.folder / "rollouts.jsonl", ordered)

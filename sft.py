@@ -17,7 +17,6 @@ micro-batches; samples over the length limit are left out and counted, not cut.
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -66,14 +65,13 @@ from model import QwenVL, Ranks, choose_dtype, full, load, locate, outline, save
 
 # The metrics on the screen.
 SHOWN = "loss lr grad_norm trained_tokens_per_second mfu seconds validation_loss"
+RECENT = 100  # steps whose mean time predicts the time left
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = option(
-        "Qwen/Qwen2.5-VL-3B-Instruct",
-        "checkpoint directory or hub id",
-        group="what it reads and writes",
+        "Qwen/Qwen2.5-VL-3B-Instruct", "checkpoint or hub id", group="what it reads and writes"
     )
     data: list[str] = option(["data/train.jsonl"], "JSONL files of samples with reasoning")
     validation: list[str] = option([], "JSONL files for the validation loss")
@@ -132,8 +130,7 @@ def with_targets(paths: list[str], cfg: Config, ranks: Ranks) -> list[Sample]:
     kept = [sample for sample in samples if sample.is_complete]
     left_out = len(samples) - len(kept)
     if left_out and ranks.rank == 0:
-        count = f"{left_out} of {len(samples)} samples"
-        print(f"{count} lack reasoning or a label, and are left out")
+        print(f"{left_out} of {len(samples)} samples lack reasoning or a label, and are left out")
     if not kept:
         hint = "`python data.py synthesize` writes the reasoning of labelled samples"
         raise InputError(f"{files}: no sample has reasoning and labels; {hint}")
@@ -147,13 +144,13 @@ def packed_rows(samples: list[Sample], encoder: Encoder, cfg: Config) -> tuple[l
     """Samples as packed rows of at most pack_tokens tokens, and how many samples are over
     max_tokens and left out."""
     rows = list(prefetch(encoder.example, samples))
-    short = [r for r in rows if len(r) <= cfg.max_tokens]
+    short = [row for row in rows if len(row) <= cfg.max_tokens]
     too_long = len(rows) - len(short)
     if not short:  # every rank must run something: the shortest, with no token that counts
         row = min(rows, key=len)
         short = [replace(row, supervised=torch.zeros_like(row.supervised))]
     bins = pack(short, cfg.pack_tokens)
-    return [short[b[0]].join(*(short[i] for i in b[1:])) for b in bins], too_long
+    return [Row.join(*(short[i] for i in chosen)) for chosen in bins], too_long
 
 
 def sft_loss(model: QwenVL, row: Row, compute: torch.dtype) -> Tensor:
@@ -222,29 +219,31 @@ def train(cfg: Config, ranks: Ranks) -> None:
     last = max(done, min(total, cfg.steps or total))
 
     def batch(step: int) -> tuple[list[Row], int]:
-        indices = data_order(len(samples), step * cfg.batch_size, cfg.batch_size, cfg.seed)
+        start = (step - 1) * cfg.batch_size
+        indices = data_order(len(samples), start, cfg.batch_size, cfg.seed)
         return packed_rows([samples[i] for i in indices[ranks.rank :: ranks.world]], encoder, cfg)
 
-    steps = range(done, last)
+    steps = range(done + 1, last + 1)
     on_cpu = ranks.device.type == "cpu"  # where the step itself wants every core
     batches = map(batch, steps) if on_cpu else prefetch(batch, steps, workers=1)
     began = time.perf_counter()  # of the step, with the time it waits for its batch
     with StopSignal(ranks) as stop:
         for step, (rows, too_long) in zip(steps, batches):
+            # 1. Update the model on the batch, Eq. (3).
             tokens = ranks.reduce(sum(int(row.supervised.sum()) for row in rows))
-            lr = cosine(step, total, cfg.warmup, cfg.lr)
+            lr = cosine(step - 1, total, cfg.warmup, cfg.lr)
             metrics = train_step(model, optimizer, rows, tokens, lr, cfg.max_norm, compute, ranks)
             metrics["seconds"] = time.perf_counter() - began
             metrics["too_long"] = int(ranks.reduce(too_long))
             metrics |= training_speed(model, rows, metrics["seconds"], ranks)
-            done = step + 1
-            if validation and (done % cfg.eval_every == 0 or done == last):
+            # 2. Evaluate, report, and save.
+            if validation and (step % cfg.eval_every == 0 or step == last):
                 held_out = validation_loss(model, encoder, validation, cfg, compute, ranks)
                 metrics["validation_loss"] = held_out
-            run.log(done, metrics, SHOWN, last)
+            run.log(step, metrics, SHOWN, last)
             stopped = stop.agreed()
-            if done % cfg.save_every == 0 or done == last or stopped:
-                run.checkpoint(done, model, optimizer)
+            if step % cfg.save_every == 0 or step == last or stopped:
+                run.checkpoint(step, model, optimizer)
             if stopped:
                 sys.exit(128 + stopped)
             began = time.perf_counter()
@@ -323,7 +322,8 @@ def lockstep(batches: list, ranks: Ranks) -> Iterator[tuple[object, bool]]:
     then repeats its last one, with False, for a loss that is multiplied by zero.
     """
     for turn in range(int(ranks.reduce(len(batches), "max"))):
-        yield batches[min(turn, len(batches) - 1)], turn < len(batches)
+        is_real = turn < len(batches)
+        yield batches[turn if is_real else -1], is_real
 
 
 def backward(loss: Tensor, ranks: Ranks) -> None:
@@ -348,6 +348,58 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float)
         optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+# Dense bfloat16 FLOP/s of a card (NVIDIA's data sheets), by the whole name that CUDA gives it.
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
+
+
+def model_flops(model: QwenVL, row: Row, forwards: int = 1) -> float:
+    """The FLOPs of the matrices in `forwards` forward passes of a row and one backward pass.
+
+    For every position that it is applied to, a parameter takes 2 in each forward pass and, if it
+    trains, 4 in the backward pass. Not counted: attention's own products, norms, the optimizer, and
+    what is computed again (checkpointed layers, the head).
+    """
+    vision, patches = model.visual, len(row.pixels)
+    parts = [  # (parameters, positions)
+        (vision.patch_embed.parameters(), patches),
+        (vision.blocks.parameters(), patches),
+        (vision.merger.parameters(), patches / vision.merger.cell),
+        (model.model.layers.parameters(), len(row)),
+        ([model.head], int(row.supervised.sum())),
+    ]
+    flops = 0.0
+    for parameters, positions in parts:
+        for parameter in parameters:
+            if parameter.dim() > 1:  # a matrix, no bias or norm
+                at_one_position = 2 * forwards + 4 * parameter.requires_grad
+                flops += at_one_position * parameter.numel() * positions
+    return flops
+
+
+def training_speed(
+    model: QwenVL, rows: list[Row], seconds: float, ranks: Ranks, forwards: int = 1
+) -> dict[str, float]:
+    """trained_tokens_per_second and, for a known card, mfu, of all ranks together.
+
+    rows: those that this rank ran in these seconds, `forwards` times forward and once backward;
+    each token counts once. mfu: the model FLOPs, as a share in [0, 1] of what the cards can do.
+    """
+    flops = ranks.reduce(sum(model_flops(model, row, forwards) for row in rows))
+    tokens = ranks.reduce(sum(len(row) for row in rows))
+    speed = {"trained_tokens_per_second": tokens / seconds}
+    if ranks.device.type == "cuda":
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(ranks.device))
+        if peak is not None:
+            speed["mfu"] = flops / (seconds * peak * ranks.world)
+    return speed
 
 
 # ---------------------------------------------------------------------- a run on disk
@@ -377,8 +429,7 @@ class Run:
     checkpoints/    step-N/rank-R-of-W.pt, the full state after step N, and .sha256: the last two
     """
 
-    # Settings that do not change what is computed, but for roundings (run.json has the dtype beside
-    # them, as "compute").
+    # Settings that do not change what is computed, but for roundings.
     may_change = {"out", "steps", "fresh", "save_every", "eval_every", "device", "dtype"}
     may_change |= {"pack_tokens", "max_branches", "checkpointing"}
     logs = ("metrics.jsonl", "rollouts.jsonl")
@@ -390,7 +441,6 @@ class Run:
         self.cfg, self.ranks, self.folder = cfg, ranks, Path(cfg.out)
         self.checkpoints = self.folder / "checkpoints"
         self.times = [time.perf_counter()]  # of the start, and of the end of each recent step
-        self.whole_steps = []  # whose checkpoints are known to be whole
         self.board = None  # TensorBoard's writer
         if ranks.rank == 0:
             if cfg.fresh:
@@ -403,7 +453,7 @@ class Run:
             settings = {"config": asdict(cfg), "world": ranks.world, "inputs": inputs}
             settings["compute"] = str(choose_dtype(cfg.dtype, ranks.device))  # "auto" is either
             self._check_same(settings)
-            text = json.dumps({**settings, **versions()}, indent=2)
+            text = json.dumps(settings | versions(), indent=2)
             write_atomic(self.folder / "run.json", text + "\n")
         ranks.barrier()
 
@@ -419,10 +469,10 @@ class Run:
                 {**run["config"], "world": run["world"], "compute": run["compute"]}
                 for run in (before, now)
             )
-            replaced = changed_inputs(before["inputs"], now["inputs"])
+            inputs = changed_inputs(before["inputs"], now["inputs"])
         names = sorted(k for k in new.keys() - self.may_change if old.get(k) != new[k])
         changed = [f"{name} {old.get(name)} -> {new[name]}" for name in names]
-        changed += [f"other content of {name}" for name in replaced]
+        changed += [f"other content of {name}" for name in inputs]
         if changed:
             raise InputError(f"{self.folder}: a run with {', '.join(changed)}; {self.advice}")
 
@@ -439,16 +489,18 @@ class Run:
 
     def _last_whole(self) -> int:
         """The last step whose checkpoint is whole on every rank; 0 if there is no checkpoint yet.
-        Damaged ones after it are named on stderr. InputError if all are damaged."""
+        Damaged ones after it are named on stderr, and removed. InputError if all are damaged."""
         steps = self.ranks.gather(self._steps() if self.ranks.rank == 0 else [])
         damaged = []
         while steps and self.ranks.reduce(not is_sealed(self._part(self._at(steps[-1]))), "max"):
-            damaged.append(str(self._at(steps.pop())))
-        names = ", ".join(damaged)
+            damaged.append(self._at(steps.pop()))
+        names = ", ".join(map(str, damaged))
         if damaged and not steps:
             raise InputError(f"{names}: damaged, with no other left; {self.advice}")
         if damaged and self.ranks.rank == 0:
             print(f"{names}: damaged; going on from step {steps[-1]}", file=sys.stderr)
+            for folder in damaged:
+                shutil.rmtree(folder)
         return steps[-1] if steps else 0
 
     def restore(self, model: QwenVL, optimizer) -> int:
@@ -470,13 +522,12 @@ class Run:
                     local(moment).copy_(value)
                     optimizer.state[parameter][key] = moment
         self.times = [time.perf_counter()]
-        self.whole_steps = [step]
         return step
 
     def checkpoint(self, step: int, model: QwenVL, optimizer) -> None:
         """Write the full state after `step` steps. Once it is on the disk, on all ranks, it has its
-        final name, and all others but the last whole one before it are removed."""
-        partial, final = self.checkpoints / f"partial-{step:06d}", self._at(step)
+        final name, and all but the last two checkpoints are removed."""
+        partial = self.checkpoints / f"partial-{step:06d}"
         partial.mkdir(parents=True, exist_ok=True)
         if model.sharded:
             model.reshard()  # validation, forward without backward, leaves the root's weights whole
@@ -489,42 +540,43 @@ class Run:
         write_state(self._part(partial), state)
         self.ranks.barrier()
         if self.ranks.rank == 0:
-            logs = [self.folder / name for name in self.logs]
-            for path in (partial, *filter(Path.exists, logs)):
+            for path in (partial, *self.folder.glob("*.jsonl")):
                 sync(path)
-            if final.exists():
-                shutil.rmtree(final)  # damaged, so that the run went on from the one before it
-            os.replace(partial, final)
+            partial.rename(self._at(step))
             sync(self.checkpoints)
-            self.whole_steps = [*self.whole_steps, step][-2:]
-            kept = [self._at(whole) for whole in self.whole_steps]
-            for old in (*self.checkpoints.glob("step-*"), *self.checkpoints.glob("partial-*")):
-                if old not in kept:
-                    shutil.rmtree(old)
+            old = [self._at(earlier) for earlier in self._steps()[:-2]]
+            for folder in (*old, *self.checkpoints.glob("partial-*")):
+                shutil.rmtree(folder)
         self.ranks.barrier()
 
     def log(self, step: int, metrics: dict, shown: str, last: int) -> None:
-        """One line per step: all metrics in metrics.jsonl, those named in `shown` on the screen.
-        Step 0, the evaluation before the first, says nothing about how long a step takes."""
+        """A step's metrics: all of them in metrics.jsonl and (where installed) TensorBoard, on the
+        screen the time left and those that `shown` names. Step 0 is the evaluation before the first
+        step, and says nothing about how long one takes."""
         now = time.perf_counter()
         self.times = [*self.times[-RECENT:], now] if step else [now]
-        if self.ranks.rank == 0:
-            append_records(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
-            self._log_to_tensorboard(step, metrics)
-            left = time_left(self.times, last - step)
-            print(screen_line(step, last, metrics, shown, left), flush=True)
-
-    def _log_to_tensorboard(self, step: int, metrics: dict) -> None:
-        """The same numbers in the folder tensorboard, where TensorBoard is installed. What an
-        earlier run has logged there from the first of these steps on is no longer shown."""
+        if self.ranks.rank > 0:
+            return
+        append_records(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            if self.board is None:
+            if self.board is None:  # what an earlier run has logged from this step on is not shown
                 self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()
+        parts = [f"step {step}/{last}"]
+        if step:
+            # At the mean pace of recent steps, with evaluations and checkpoints in between.
+            pace = (now - self.times[0]) / (len(self.times) - 1)
+            parts.append(f"left {timedelta(seconds=round(pace * (last - step)))}")
+        for name in shown.split():
+            if name in metrics:
+                short_name = name.replace("_tokens_per_second", "/s")
+                digits = ".0f" if abs(metrics[name]) >= 100 else ".3g"
+                parts.append(f"{short_name} {metrics[name]:{digits}}")
+        print("  ".join(parts), flush=True)
 
     def finish(self, done: int, total: int, model: QwenVL, optimizer, encoder, compute) -> None:
         """Leave the model in the folder. InputError if no step of the run has trained it."""
@@ -559,14 +611,13 @@ def local(tensor: Tensor) -> Tensor:
 
 def versions() -> dict:
     """What a run must name to be repeated: versions, threads, hardware, the commit of this code."""
-    folder = Path(__file__).resolve().parent
     git = subprocess.run(  # by a shell: git may be missing
-        "git rev-parse HEAD", shell=True, cwd=folder, capture_output=True, text=True
+        "git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "commit": git.stdout.strip() or None,
@@ -574,11 +625,11 @@ def versions() -> dict:
 
 
 class StopSignal:
-    """A request to stop while a loop runs: SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT).
+    """SIGTERM, as a scheduler sends it, or Ctrl-C (SIGINT), while a loop runs.
 
-    The first signal is noted, so that the loop can finish its step, write a checkpoint, and end
-    with the exit code 128 + signal. The next one ends the process at once, but not while it waits
-    for the device or for other ranks. Within `repeat` seconds it is the same signal, by way of
+    The first one is noted, so that the loop can finish its step, write a checkpoint, and end with
+    the exit code 128 + signal. The next one ends the process at once, but not while it waits for
+    the device or for other ranks. Within `repeat` seconds it is the same signal, by way of
     torchrun, which kills its workers 30 seconds later, or after its --shutdown-timeout.
     """
 
@@ -607,112 +658,6 @@ class StopSignal:
     def __exit__(self, *error) -> None:
         for number, handler in self.usual.items():
             signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------- what a person watches
-
-RECENT = 100  # steps whose mean time predicts the time left
-
-# Dense bfloat16 FLOP/s of one card, from NVIDIA's data sheets (which often print twice as much, for
-# sparse matrices). The names are CUDA's, in full: a slice of a card (MIG) has no entry.
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The dense bfloat16 FLOP/s of the device, or None if it is not a card of the table."""
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def matrix_parameters(module: torch.nn.Module) -> int:
-    """The parameters in the module's matrices: all but biases and norms."""
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
-
-
-def model_flops(model: QwenVL, row: Row) -> tuple[float, float]:
-    """The model FLOPs of a row's forward pass, and those of its backward pass.
-
-    Forward, a matrix takes 2 FLOPs per parameter and position, and the decoder's attention 4 per
-    layer, hidden unit, and pair of a query with a key that it sees. Backward, a matrix takes as
-    much for its gradient, if it trains, and as much for its input's, if it or an earlier part
-    trains; attention twice its forward. Not counted: the vision tower's attention, the embedding,
-    norms, activations, the optimizer, and what is computed again (checkpointed layers, the head).
-    """
-    vision, layers = model.visual, model.model.layers
-    patches, merger_size = len(row.pixels), matrix_parameters(vision.merger)
-    tower_size = matrix_parameters(vision) - merger_size
-    patch_weight = vision.patch_embed.proj.weight
-    parts = [  # in the order of the forward pass: (parameters, positions, whether they train)
-        (tower_size, patches, patch_weight.requires_grad),
-        (merger_size, patches / vision.merger.cell, vision.merger.mlp[0].weight.requires_grad),
-        (matrix_parameters(layers), len(row), layers[0].mlp.up_proj.weight.requires_grad),
-        (model.head.numel(), int(row.supervised.sum()), model.head.requires_grad),
-    ]
-    pairs = 0  # of a query and a key
-    for segment in row.segments:
-        prefix = 0 if segment.prefix is None else row.segments[segment.prefix].length
-        pairs += segment.length * prefix + segment.length * (segment.length + 1) / 2
-    attention = 4 * model.config.num_hidden_layers * model.config.hidden_size * pairs
-    forward, backward = attention, 2 * attention
-    needs_gradient = False  # of its input: the part, or an earlier one, trains
-    for parameters, positions, trains in parts:
-        needs_gradient = needs_gradient or trains
-        flops = 2 * parameters * positions
-        forward += flops
-        backward += flops * (trains + needs_gradient)
-    return forward, backward
-
-
-def training_speed(
-    model: QwenVL, rows: list[Row], seconds: float, ranks: Ranks, forwards: int = 0
-) -> dict[str, float]:
-    """trained_tokens_per_second and, if the card's peak is known, mfu, of all ranks together.
-
-    rows: those that this rank ran forward and backward in these seconds, and `forwards` times
-    forward only; each token counts once. mfu: the share in [0, 1] that the model FLOPs of all these
-    passes are of what the cards can do in dense bfloat16.
-    """
-    flops = 0.0
-    for row in rows:
-        forward, backward = model_flops(model, row)
-        flops += (1 + forwards) * forward + backward
-    flops, tokens = ranks.reduce(flops), ranks.reduce(sum(len(row) for row in rows))
-    speed = {"trained_tokens_per_second": tokens / seconds}
-    peak = peak_flops(ranks.device)
-    if peak is not None:
-        speed["mfu"] = flops / (seconds * peak * ranks.world)
-    return speed
-
-
-def time_left(times: list[float], steps: int) -> float | None:
-    """Seconds that `steps` more steps take at the mean pace of recent ones; None before the first.
-    times: of the end of each; evaluations and checkpoints lie in between."""
-    if len(times) == 1:
-        return None
-    return steps * (times[-1] - times[0]) / (len(times) - 1)
-
-
-def screen_line(step: int, last: int, metrics: dict, shown: str, left: float | None) -> str:
-    """The step, the time left, and those metrics that `shown` names and that are there."""
-    parts = [f"step {step}/{last}"]
-    if left is not None:
-        parts.append(f"left {timedelta(seconds=round(left))}")
-    for name in shown.split():
-        if name in metrics:
-            digits = ".0f" if abs(metrics[name]) >= 100 else ".3g"
-            parts.append(f"{name.replace('_tokens_per_second', '/s')} {metrics[name]:{digits}}")
-    return "  ".join(parts)
 
 
 if __name__ == "__main__":

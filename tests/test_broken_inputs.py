@@ -262,7 +262,7 @@ CASES = {
     "the same file twice": (
         "augment", lambda: shutil.copy("data.jsonl", "b.jsonl"), "--data data.jsonl b.jsonl", r"s0"),
     "a prompt too long for RL": ("grpo", nothing, "--max-prompt-tokens 5",
-        r"no usable prompt.*--max-prompt-tokens"),
+        r"0 prompts .*--max-prompt-tokens"),
     "a prompt too long for mining": ("augment", nothing, "--max-prompt-tokens 5", r"--max-prompt-tokens"),
     "a prompt too long for the model": (
         "evaluate judge", setting("config.json", max_position_embeddings=9), "", r"the model can read 9"),

@@ -187,10 +187,10 @@ def groups(world, encoder):
 
 
 def with_old_logprobs(net, groups, encoder, cfg) -> list[grpo.MicroBatch]:
-    def forward(row):
-        return net(row, cfg.temperature, encoder.banned_ids)
-
-    return grpo.with_old_logprobs(grpo.pack_groups(groups, cfg.pack_tokens), forward, ALONE)
+    batches = grpo.pack_groups(groups, cfg.pack_tokens)
+    with torch.no_grad():
+        old = [net(b.row, cfg.temperature, encoder.banned_ids)[0] for b in batches]
+    return [replace(b, old_logprobs=logprobs) for b, logprobs in zip(batches, old)]
 
 
 def packed(nets, groups, encoder, cfg):
@@ -371,17 +371,18 @@ def test_one_update_per_rollout_batch_is_on_policy(config):
 def test_loss_and_grad_norm_are_means_over_the_updates(config, monkeypatch):
     done = []
     update_metrics = grpo.update_metrics
-    monkeypatch.setattr(
-        grpo,
-        "update_metrics",
-        lambda steps, *rest: done.extend(steps) or update_metrics(steps, *rest),
-    )
+
+    def noting(losses, grad_norms, *rest):
+        done.extend([losses, grad_norms])
+        return update_metrics(losses, grad_norms, *rest)
+
+    monkeypatch.setattr(grpo, "update_metrics", noting)
     cfg = config(steps=1)
     grpo.main(cfg)
-    (line,) = metrics(cfg.out)
-    assert len({step.loss for step in done}) == 2
-    assert line["loss"] == mean(step.loss for step in done)
-    assert line["grad_norm"] == mean(step.grad_norm for step in done)
+    (line,), (losses, grad_norms) = metrics(cfg.out), done
+    assert len(set(losses)) == len(grad_norms) == 2
+    assert line["loss"] == mean(losses)
+    assert line["grad_norm"] == mean(grad_norms)
 
 
 def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(config):
@@ -455,8 +456,9 @@ def test_the_reward_goes_up(world, config):
     [
         ({"group": 1}, "--group"),
         ({"update_batch": 4}, "multiple"),
-        ({"max_prompt_tokens": 5}, "no usable prompt"),
+        ({"max_prompt_tokens": 5}, "^0 prompts .*--max-prompt-tokens"),
         ({"rollout_batch": 24, "update_batch": 24}, "12 prompts"),
+        ({"rollout_batch": 24, "update_batch": 24, "epochs": 2}, "12 prompts"),
         ({"clip_schedule": "sudden"}, "choose from product"),
         ({"epochs": 0}, "nothing trains"),
         ({"epochs": 0.4}, "not one step"),

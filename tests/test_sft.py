@@ -241,48 +241,39 @@ def prompt_row(net, tokens: int, image: bool) -> Row:
 def test_model_flops_by_hand(net):
     # A layer of the decoder: q 32 x 32, k and v 32 x 16 each, o 32 x 32, three matrices of the MLP 32 x 48.
     layers = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
-    # A prompt of 5 tokens and completions of 2 and 3: 10 tokens, 5 of them targets. Queries see keys within
-    # the prompt (1 + 2 + .. + 5 = 15), the first completion (2 x 5 + 1 + 2 = 13), the second (3 x 5 + 6 = 21).
+    # A prompt of 5 tokens and completions of 2 and 3: 10 tokens, 5 of them targets.
     row = prompt_row(net, 5, image=False).extend([[6, 7], [6, 7, 8]])
-    attention = 4 * 2 * 32 * (15 + 13 + 21)
-    matrices = 2 * (layers * 10 + 32 * net.config.vocab_size * 5)
-    assert sft.model_flops(net, row) == (matrices + attention, 2 * (matrices + attention))
+    decoder = layers * 10 + 32 * net.config.vocab_size * 5
+    assert sft.model_flops(net, row) == (2 + 4) * decoder
     # A block of the vision tower: qkv 16 x 48, proj 16 x 16, MLP 3 x 16 x 24; the merger: 64 x 64, 64 x 32.
     tower = 1176 * 16 + 2 * (16 * 48 + 16 * 16 + 3 * 16 * 24)
     merger = 64 * 64 + 64 * 32
     row = prompt_row(net, 5, image=True).extend([[6, 7], [6, 7, 8]])
-    forward, backward = sft.model_flops(net, row)
-    assert forward == matrices + attention + 2 * (16 * tower + 4 * merger)
-    assert backward == 2 * forward
+    everything = decoder + 16 * tower + 4 * merger
+    assert sft.model_flops(net, row) == (2 + 4) * everything
+    assert sft.model_flops(net, row, forwards=2) == (2 * 2 + 4) * everything
 
 
 @pytest.mark.parametrize(
     "freeze", [["vision", "merger"], ["vision"], ["decoder"], ["decoder", "vision"]]
 )
-def test_what_is_frozen_takes_no_flops_for_its_weights(config, freeze):
+def test_what_is_frozen_takes_no_flops_backward(config, freeze):
     net, _, _ = sft.load_for_training(config(freeze=freeze), ALONE)
     row = prompt_row(net, 6, image=True).extend([[6, 7, 8]])
     net.requires_grad_(True)
-    forward, everything = sft.model_flops(net, row)
+    everything = sft.model_flops(net, row)
     net, _, _ = sft.load_for_training(config(freeze=freeze), ALONE)
-    merger = 2 * 4 * (64 * 64 + 64 * 32)
-    tower = 2 * 16 * (1176 * 16 + 2 * (16 * 48 + 16 * 16 + 3 * 16 * 24))
-    decoder = 2 * (
-        9 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 3 * 32 * net.config.vocab_size
-    )
-    spared = {
-        "vision merger": 2 * (tower + merger),  # nothing flows back into them
-        "vision": 2 * tower,
-        "decoder": decoder,  # gradients flow through it, but not to its weights
-        "decoder vision": decoder + 2 * tower,
+    parts = {
+        "merger": 4 * (64 * 64 + 64 * 32),
+        "vision": 16 * (1176 * 16 + 2 * (16 * 48 + 16 * 16 + 3 * 16 * 24)),
+        "decoder": 9 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+        + 3 * 32 * net.config.vocab_size,
     }
-    assert sft.model_flops(net, row) == (forward, everything - spared[" ".join(freeze)])
+    spared = sum(4 * parts[name] for name in freeze)
+    assert sft.model_flops(net, row) == everything - spared
 
 
-def test_model_flops_are_those_that_torch_counts(net, encoder, config, monkeypatch):
-    monkeypatch.setattr(
-        qwen, "HAS_ONEDNN", False, raising=False
-    )  # torch counts its own operators only
+def test_model_flops_are_those_that_torch_counts(net, encoder, config):
     row = encoder.example(next(s for s in learnable(config()) if s.modality == "text_image"))
     matrix_products = (torch.ops.aten.mm, torch.ops.aten.addmm)
     with FlopCounterMode(display=False) as counter:
@@ -290,8 +281,10 @@ def test_model_flops_are_those_that_torch_counts(net, encoder, config, monkeypat
     counted = sum(
         counter.get_flop_counts()["Global"].get(product, 0) for product in matrix_products
     )
-    forward, _ = sft.model_flops(net, row)
-    assert forward - 4 * 2 * 32 * len(row) * (len(row) + 1) / 2 == counted
+    assert sft.model_flops(net, row, forwards=2) - sft.model_flops(net, row) == counted
+
+
+H200 = qwen.Ranks(0, 1, torch.device("cuda", 0))
 
 
 def test_training_speed_by_hand(net, monkeypatch):
@@ -302,12 +295,12 @@ def test_training_speed_by_hand(net, monkeypatch):
     assert sft.training_speed(net, rows, 2.0, ALONE) == {
         "trained_tokens_per_second": (7 + 6) / 2
     }  # on a CPU
-    monkeypatch.setattr(sft, "peak_flops", lambda device: 1e9)
-    forward = sum(sft.model_flops(net, row)[0] for row in rows)
-    speed = sft.training_speed(net, rows, 2.0, ALONE)
-    assert speed["mfu"] == pytest.approx(3 * forward / 2 / 1e9)
-    speed = sft.training_speed(net, rows, 2.0, ALONE, forwards=1)
-    assert speed["mfu"] == pytest.approx(4 * forward / 2 / 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    forward = sum(sft.model_flops(net, row) for row in rows) / 3
+    speed = sft.training_speed(net, rows, 2.0, H200)
+    assert speed["mfu"] == pytest.approx(3 * forward / 2 / 989e12)
+    speed = sft.training_speed(net, rows, 2.0, H200, forwards=2)
+    assert speed["mfu"] == pytest.approx(4 * forward / 2 / 989e12)
 
 
 @pytest.mark.parametrize(
@@ -318,26 +311,33 @@ def test_training_speed_by_hand(net, monkeypatch):
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
-        ("NVIDIA A10", 125e12),
         ("NVIDIA A10G", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
-def test_the_peak_of_a_card_is_known_by_its_whole_name(monkeypatch, name, peak):
+def test_the_peak_of_a_card_is_known_by_its_whole_name(net, monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert (
-        sft.peak_flops(torch.device("cuda", 0)) == peak
-        and sft.peak_flops(torch.device("cpu")) is None
-    )
+    row = prompt_row(net, 5, image=False)
+    mfu = sft.training_speed(net, [row], 1.0, H200).get("mfu")
+    assert mfu == (peak and pytest.approx(sft.model_flops(net, row) / peak))
 
 
-def test_time_left_by_hand():
-    assert sft.time_left([7.0], 10) is None
-    assert sft.time_left([7.0, 9.0], 10) == 20.0
-    assert (
-        sft.time_left([7.0, 9.0, 15.0], 10) == 40.0
-    )  # with a checkpoint or evaluation before the last step
-    assert sft.time_left([7.0, 9.0, 15.0], 0) == 0.0
+@pytest.mark.parametrize(
+    "times, left",
+    [
+        ([7.0, 9.0], "0:00:20"),
+        ([7.0, 9.0, 15.0], "0:00:40"),  # with a checkpoint or evaluation before the last step
+    ],
+)
+def test_time_left_by_hand(config, capsys, monkeypatch, times, left):
+    for steps, told in ((10, left), (0, "0:00:00")):
+        run = sft.Run(config(fresh=True), ALONE, [])
+        capsys.readouterr()
+        for step, now in enumerate(times):  # step 0 is the evaluation before the first
+            monkeypatch.setattr(sft.time, "perf_counter", lambda now=now: now)
+            run.log(step, {}, "", step + steps)
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first == f"step 0/{steps}" and last.endswith(f"  left {told}")
 
 
 def test_a_step_on_the_screen(config, capsys, monkeypatch):
@@ -350,22 +350,23 @@ def test_a_step_on_the_screen(config, capsys, monkeypatch):
         "skipped": 0,
     }
     shown = "loss lr mfu trained_tokens_per_second skipped"
-    assert sft.screen_line(3, 20, line, shown, 3725.4) == (
-        "step 3/20  left 1:02:05  loss 0.123  lr 5e-05  trained/s 54322  skipped 0"
-    )
     run = sft.Run(config(), ALONE, [])
     run.log(0, {"loss": 2.0}, shown, 20)  # the evaluation before the first step
     monkeypatch.setattr(sft, "RECENT", 1)
     run.times = [0.0, 100.0]  # the pace is that of the last step
     monkeypatch.setattr(sft.time, "perf_counter", lambda: 160.0)
     run.log(1, line, shown, 4)
+    monkeypatch.setattr(sft.time, "perf_counter", lambda: 160.0 + 3725.4 / 17)
+    run.log(3, line, shown, 20)
     assert capsys.readouterr().out == (
         "step 0/20  loss 2\n"
         "step 1/4  left 0:03:00  loss 0.123  lr 5e-05  trained/s 54322  skipped 0\n"
+        "step 3/20  left 1:02:05  loss 0.123  lr 5e-05  trained/s 54322  skipped 0\n"
     )
     assert [json.loads(x) for x in (run.folder / "metrics.jsonl").open()] == [
         {"step": 0, "loss": 2.0},
         {"step": 1, **line},
+        {"step": 3, **line},
     ]
 
 
@@ -607,6 +608,7 @@ def test_with_the_newest_checkpoint_damaged_the_one_before_is_taken(halted, caps
     damage(newest / f"rank-0-of-1{suffix}", how)
     assert restored(halted) == 1
     assert capsys.readouterr().err == f"{newest}: damaged; going on from step 1\n"
+    assert [path.name for path in newest.parent.iterdir()] == ["step-000001"]
     assert [line["step"] for line in metrics(halted.out)] == [1]
 
 
