@@ -27,7 +27,6 @@ import time
 import traceback
 import unicodedata
 import zlib
-from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -154,8 +153,6 @@ class Parser(HfArgumentParser):
 
     def add_argument(self, *names: str, group: str | None = None, **how) -> None:
         """One flag, as HfArgumentParser derives it from a field; `group` is from `option`."""
-        if "-h" in names:
-            return super().add_argument(*names, **how)
         kind = how.get("type")
         if kind in (int, float):
             how["type"] = number(names[0].strip("-"), kind, how.get("default"))
@@ -178,37 +175,32 @@ class Parser(HfArgumentParser):
 
 
 def end_process(code: int, message: str, delay: float = 0) -> NoReturn:
-    """Print a message on stderr, and end with an exit code; one of several ranks after a delay.
-
-    A rank leaves its process group open, since closing it can wait for ranks that wait for this
-    one. torchrun then ends the others: SIGTERM, and after 30 seconds SIGKILL.
-    """
+    """Print a message on stderr, and end with an exit code. One of several ranks does so after a
+    delay (in seconds), without closing its process group, which could wait for ranks that wait for
+    this one; torchrun then ends the others: SIGTERM, and after 30 seconds SIGKILL."""
     if not torch.distributed.is_initialized():
         print(message, end="", file=sys.stderr)
         sys.exit(code)
     try:
         print(message, end="", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        time.sleep(delay)  # in seconds
+        time.sleep(delay)
     finally:  # also if nobody reads what is printed any more
         os._exit(code)
 
 
 def fail_rank(error: Exception) -> NoReturn:
-    """End one of several ranks after an unexpected exception: with its traceback and status 1.
-
-    A rank that has lost its connection to another one, which failed or was killed, prints a single
-    line instead, so that the message of the other one is found. It ends a little later, since
-    torchrun's report names the rank that ended first as the cause.
-    """
+    """End one of several ranks after an unexpected exception: with its traceback and status 1. One
+    that has lost its connection to another rank prints a single line instead, so that the other's
+    message is found, and ends later: torchrun names the rank that ended first as the cause."""
     rank, message = torch.distributed.get_rank(), str(error)
     lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
     lost_in_nccl = "ncclRemoteError" in message
     lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
-    if not (lost_in_gloo or lost_in_nccl or lost_the_store):
-        end_process(1, f"rank {rank}:\n{traceback.format_exc()}")
-    lost = f"error: rank {rank}: another rank has ended; its message says why\n"
-    end_process(1, lost, delay=2)
+    if lost_in_gloo or lost_in_nccl or lost_the_store:
+        lost = f"error: rank {rank}: another rank has ended; its message says why\n"
+        end_process(1, lost, delay=2)
+    end_process(1, f"rank {rank}:\n{traceback.format_exc()}")
 
 
 def read_flags(config: type | dict, main: Callable | None) -> tuple[Any, Callable]:
@@ -328,20 +320,22 @@ def find_image(name: str, folder: Path, must_exist: bool = True) -> Path:
     return folder / name
 
 
+MADE_BY = {
+    "data/train.jsonl": "data.py convert",
+    "out/sft": "sft.py",
+    "out/rl.jsonl": "augment.py",
+    "out/guard": "grpo.py",
+    "out/guard-eco": "grpo.py --eco",
+}
+
+
 def check_inputs(cfg: Any) -> None:
-    """InputError naming the command to run, if cfg.data or a stage's cfg.model is missing."""
-    made_by = {
-        "data/train.jsonl": "data.py convert",
-        "out/sft": "sft.py",
-        "out/rl.jsonl": "augment.py",
-        "out/guard": "grpo.py",
-        "out/guard-eco": "grpo.py --eco",
-    }
+    """InputError if --data is empty, or what a stage reads by default has not been made yet."""
     if not cfg.data:
         raise InputError("--data names no file")
     for path in (cfg.model, *cfg.data):
-        if not Path(path).exists() and (path in made_by or path != cfg.model):
-            command = f"`python {made_by.get(path, 'data.py convert')}`"
+        if path in MADE_BY and not Path(path).exists():
+            command = f"`python {MADE_BY[path]}`"
             raise InputError(f"there is no {path}: {command} makes it; or give --model and --data")
 
 
@@ -437,19 +431,14 @@ def json_lines(records: Iterable[dict[str, Any]]) -> bytes:
     return "".join(lines).encode()
 
 
-def rejected_path(path: str | Path, stage: str) -> Path:
-    """Where a stage ("convert", "synthesize" or "skip-bad") lists the rows of a file that it has
-    not used, as JSON Lines. No glob for *.jsonl finds the list, and no other stage writes it."""
-    return Path(f"{path}.rejected-by-{stage}")
-
-
 def write_rejected(path: str | Path, stage: str, rows: list[dict[str, Any]]) -> Path:
-    """Write a stage's list of rejected rows, or remove its last one if there are none; its path."""
-    listed = rejected_path(path, stage)
+    """List the rows of a file that a stage ("convert", "synthesize" or "skip-bad") has not used, in
+    a file of its own, whose path is returned; without such rows an earlier list is removed."""
+    listed = Path(f"{path}.rejected-by-{stage}")  # which no glob for *.jsonl finds
     if rows:
         write_samples(listed, rows)
-    elif listed.exists():
-        listed.unlink(missing_ok=True)  # several ranks may do so
+    else:
+        listed.unlink(missing_ok=True)
     return listed
 
 
@@ -505,34 +494,24 @@ def read_records(
     """
     if not path.is_file():
         return []
-    *lines, last = path.read_bytes().split(b"\n")
-    torn = _is_torn(last)
-    if last and not (torn and may_be_torn):
-        lines.append(last)
-    records = []
-    for number, line in enumerate(lines, 1):
+    content, records = path.read_bytes(), []
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
         problem = f"{path}:{number}: damaged; remove the line or the file"
         with as_input_error(problem, ValueError, RecursionError):
-            record = json.loads(line.decode())
+            try:
+                record = json.loads(line.decode())
+            except ValueError:
+                # What does not begin like a record may be all that a stranger's file holds.
+                is_torn = not line.endswith(b"\n") and line.startswith(b'{"'[: len(line)])
+                if is_torn and may_be_torn:
+                    break
+                raise
             if not isinstance(record, dict) or not set(required) <= record.keys():
                 raise ValueError(f"want a JSON object with {', '.join(required)}")
         records.append(record)
-    if repair and torn:
-        os.truncate(path, path.stat().st_size - len(last))
-    elif repair:  # the last record lacks nothing but the end of its line
-        with open(path, "ab") as file:
-            file.write(b"\n")
+    if repair and not content.endswith(b"\n"):
+        write_samples(path, records)
     return records
-
-
-def _is_torn(line: bytes) -> bool:
-    """Whether a file's last line is empty or the beginning of a record. Anything else may be all
-    that a stranger's file holds."""
-    try:
-        json.loads(line)
-        return False
-    except (ValueError, RecursionError):
-        return line.startswith(b'{"'[: len(line)])
 
 
 def drop_records_after(path: Path, step: int) -> None:
@@ -554,16 +533,11 @@ def lock_output(out: str | Path) -> Iterator[None]:
     import fcntl  # not on Windows
 
     out = Path(out).resolve()
-    path = out.with_name(f".{out.name}.lock")
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
-    with file:
-        try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_name(f".{out.name}.lock"), "ab") as file:
+        advice = "another run is writing to it; wait, or choose another --out"
+        with as_input_error(f"{out}: {advice}", BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            advice = "wait, or choose another --out"
-            raise InputError(f"{out}: another run is writing to it; {advice}") from error
         yield
 
 
@@ -758,25 +732,24 @@ class Row:
 def pack(rows: Sequence[Sized], budget: int) -> list[list[int]]:
     """Best fit, longest first: bins of indices into `rows` with at most `budget` tokens each.
     A row longer than the budget gets a bin of its own; nothing is cut or dropped."""
-    bins = []  # indices into rows
-    free = []  # (tokens left, bin) of every bin, sorted
+    bins, free = [], []  # the indices in each bin, and the tokens it has room for
     for index in sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True):
         length = len(rows[index])
-        best = bisect_left(free, (length, -1))  # the fullest bin that has room
-        if best < len(free):
-            tokens_left, bin = free.pop(best)
-        else:
-            tokens_left, bin = budget, len(bins)
+        fitting = [bin for bin in range(len(bins)) if free[bin] >= length]
+        if not fitting:
+            fitting = [len(bins)]
             bins.append([])
-        bins[bin].append(index)
-        insort(free, (tokens_left - length, bin))
+            free.append(budget)
+        fullest = min(fitting, key=free.__getitem__)
+        bins[fullest].append(index)
+        free[fullest] -= length
     return sorted(sorted(indices) for indices in bins)
 
 
 def prefetch(make: Callable[[Any], Any], items: Iterable, workers: int | None = None) -> Iterator:
     """make(item) of every item, in order, computed by threads while the caller is busy: decoding an
-    image releases the GIL. workers: number of threads, by default this process's share of the
-    cores. At most two results for each thread wait to be taken."""
+    image releases the GIL. By default the threads are this process's share of the cores; at most
+    two results for each wait to be taken."""
     items = iter(items)
     if workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -790,17 +763,10 @@ def prefetch(make: Callable[[Any], Any], items: Iterable, workers: int | None = 
 
 
 def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -> tqdm:
-    """A progress bar, removed when it is closed, if stderr is a terminal or FORCE_PROGRESS is 1.
-
-    items: what to iterate over; None for a bar that moves by its update(). show: whether this
-    process shows the bar; of several ranks only rank 0 does.
-    """
-    disable = None  # which to tqdm means: if stderr is not a terminal
-    if not show:
-        disable = True
-    elif os.environ.get("FORCE_PROGRESS") == "1":
-        disable = False
-    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=disable)
+    """A progress bar over items (None: it moves by its update()), removed when it is closed. It is
+    shown if `show`, and stderr is a terminal or FORCE_PROGRESS is set."""
+    is_shown = show and (sys.stderr.isatty() or "FORCE_PROGRESS" in os.environ)
+    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=not is_shown)
 
 
 # ---- images
