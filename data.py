@@ -320,22 +320,20 @@ def find_image(name: str, folder: Path, must_exist: bool = True) -> Path:
     return folder / name
 
 
-MADE_BY = {
-    "data/train.jsonl": "data.py convert",
-    "out/sft": "sft.py",
-    "out/rl.jsonl": "augment.py",
-    "out/guard": "grpo.py",
-    "out/guard-eco": "grpo.py --eco",
-}
-
-
 def check_inputs(cfg: Any) -> None:
-    """InputError if --data is empty, or what a stage reads by default has not been made yet."""
+    """InputError if --data is empty, or another stage has yet to make what this one reads."""
+    made_by = {
+        "data/train.jsonl": "data.py convert",
+        "out/sft": "sft.py",
+        "out/rl.jsonl": "augment.py",
+        "out/guard": "grpo.py",
+        "out/guard-eco": "grpo.py --eco",
+    }
     if not cfg.data:
         raise InputError("--data names no file")
     for path in (cfg.model, *cfg.data):
-        if path in MADE_BY and not Path(path).exists():
-            command = f"`python {MADE_BY[path]}`"
+        if path in made_by and not Path(path).exists():
+            command = f"`python {made_by[path]}`"
             raise InputError(f"there is no {path}: {command} makes it; or give --model and --data")
 
 
@@ -518,11 +516,9 @@ def drop_records_after(path: Path, step: int) -> None:
     """Cut a log back to the steps up to `step`, so that a resumed run writes each once."""
     if step == 0:
         path.unlink(missing_ok=True)
-        return
-    records = read_records(path, ["step"], repair=True)
-    with as_input_error(f"{path}: damaged, or start over with --fresh", TypeError):
-        kept = [record for record in records if record["step"] <= step]
-    if len(kept) < len(records):
+    elif path.is_file():
+        with as_input_error(f"{path}: damaged, or start over with --fresh", TypeError):
+            kept = [record for record in read_records(path, ["step"]) if record["step"] <= step]
         write_samples(path, kept)
 
 
@@ -590,20 +586,6 @@ def is_sealed(path: Path) -> bool:
         return False  # one of the two is missing, or cannot be read
 
 
-def weights_digest(path: Path) -> str:
-    """A digest of a weight file that takes a fraction of a second for gigabytes: of its size, its
-    first MB (the header of safetensors) and 256 evenly spaced samples of 4 KB. It tells apart
-    trained, converted and cut files; a change of a few single numbers it can miss."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    digest.update(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(2**20))
-        for i in range(256):
-            file.seek(max(0, size - 4096) * i // 255)
-            digest.update(file.read(4096))
-    return digest.hexdigest()
-
-
 def image_stamp(sample: Sample) -> list[int] | None:
     """Size and time of change (nanoseconds) of a sample's image, in place of its content."""
     if sample.image is None:
@@ -612,19 +594,16 @@ def image_stamp(sample: Sample) -> list[int] | None:
     return [found.st_size, found.st_mtime_ns]
 
 
-MODEL_FILES = (
-    "config.json tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
-    "preprocessor_config.json processor_config.json instruction.txt"
-).split()
-
-
 def model_digests(model: str) -> dict[str, str]:
-    """What a checkpoint directory or hub id computes with, by content: {file name: digest}."""
+    """{name: digest} of the files that a checkpoint directory or hub id computes with. It takes
+    seconds for gigabytes of weights."""
     folder = locate(model)
-    files = [folder / name for name in MODEL_FILES]
-    digests = {path.name: content_digest(path) for path in files if path.is_file()}
-    weights = sorted(folder.glob("*.safetensors"))
-    return digests | {path.name: weights_digest(path) for path in weights}
+    names = (
+        "config.json tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
+        "preprocessor_config.json processor_config.json instruction.txt"
+    ).split()
+    files = [folder / name for name in names] + sorted(folder.glob("*.safetensors"))
+    return {path.name: content_digest(path) for path in files if path.is_file()}
 
 
 def inputs_digest(
