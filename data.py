@@ -189,18 +189,12 @@ def end_process(code: int, message: str, delay: float = 0) -> NoReturn:
         os._exit(code)
 
 
-def fail_rank(error: Exception) -> NoReturn:
-    """End one of several ranks after an unexpected exception: with its traceback and status 1. One
-    that has lost its connection to another rank prints a single line instead, so that the other's
-    message is found, and ends later: torchrun names the rank that ended first as the cause."""
-    rank, message = torch.distributed.get_rank(), str(error)
+def has_lost_another(error: Exception) -> bool:
+    """Whether a rank fails because its connection to another one, which has ended, is lost."""
+    message = str(error)
     lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
-    lost_in_nccl = "ncclRemoteError" in message
     lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
-    if lost_in_gloo or lost_in_nccl or lost_the_store:
-        lost = f"error: rank {rank}: another rank has ended; its message says why\n"
-        end_process(1, lost, delay=2)
-    end_process(1, f"rank {rank}:\n{traceback.format_exc()}")
+    return lost_in_gloo or lost_the_store or "ncclRemoteError" in message
 
 
 def read_flags(config: type | dict, main: Callable | None) -> tuple[Any, Callable]:
@@ -221,22 +215,25 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
     """Run main with the flags of a config dataclass; or, of {subcommand: (dataclass, function)},
     the function that the command line names. InputError, CheckpointError and OSError give one line
     on stderr and status 2, like wrong flags; Ctrl-C 130. With several ranks the line names the
-    rank, and an error ends the process at once."""
+    rank, and any error ends the process at once."""
     try:
         cfg, main = read_flags(config, main)
         with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
             main(cfg)
-    except (InputError, CheckpointError, OSError) as error:
-        message = " ".join(str(error).split())
-        if torch.distributed.is_initialized():
-            message = f"rank {torch.distributed.get_rank()}: {message}"
-        end_process(2, f"error: {message}\n")
     except KeyboardInterrupt:
         end_process(130, "")
     except Exception as error:  # of any kind: one rank that fails has to end all
-        if not torch.distributed.is_initialized():
+        several = torch.distributed.is_initialized()
+        rank = f"rank {torch.distributed.get_rank()}:" if several else ""
+        if isinstance(error, (InputError, CheckpointError, OSError)):
+            end_process(2, " ".join(f"error: {rank} {error}".split()) + "\n")
+        if not several:
             raise
-        fail_rank(error)
+        if has_lost_another(error):
+            # Later, since torchrun's report names the rank that ended first as the cause.
+            message = f"error: {rank} another rank has ended; its message says why\n"
+            end_process(1, message, delay=2)
+        end_process(1, f"{rank}\n{traceback.format_exc()}")
 
 
 # ---- samples
@@ -340,12 +337,9 @@ def check_inputs(cfg: Any) -> None:
 def read_samples(
     paths: list[str], skip_bad: bool = False, hint: str = " (--skip-bad leaves it out)"
 ) -> list[Sample]:
-    """The samples in JSON Lines files, each file once, whatever way its path is spelled.
-
-    InputError for a bad line, naming file, line and id, with a `hint` at what to do. With skip_bad
-    it is listed in the file's rejected_path instead, as is one whose image cannot be decoded.
-    InputError, too, for what is no regular file and for a file without samples.
-    """
+    """The samples in JSON Lines files. InputError for a file without samples, and for a bad line,
+    naming file, line and id, with a `hint` at what to do. With skip_bad it is listed as rejected
+    instead, as is one whose image cannot be decoded."""
     samples = []
     for path in map(Path, regular_files(paths)):
         good, rejected = {}, []
@@ -386,9 +380,8 @@ def decode_json(line: bytes) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | InputError:
-    """The object_pairs_hook of json.loads: a dict, or an InputError if a key is there twice, here,
-    in an object within, or in one in a list. It is returned, not raised, so that the rows around it
-    can be read."""
+    """The object_pairs_hook of json.loads: a dict, or the InputError that a key is there twice, at
+    any depth. It is returned, not raised, so that the rows around it can be read."""
     try:
         check_unique([key for key, _ in pairs], "key")
     except InputError as error:
@@ -420,12 +413,12 @@ def to_json(sample: Sample) -> dict[str, Any]:
 
 def write_samples(path: str | Path, rows: Iterable[Sample | dict[str, Any]]) -> None:
     """Write samples, or rows set aside, as JSON Lines."""
-    write_atomic(path, json_lines(to_json(r) if isinstance(r, Sample) else r for r in rows))
+    write_atomic(path, json_lines(rows))
 
 
-def json_lines(records: Iterable[dict[str, Any]]) -> bytes:
-    """JSON objects, a line each."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+def json_lines(rows: Iterable[Sample | dict[str, Any]]) -> bytes:
+    """Samples or JSON objects, a line each."""
+    lines = [json.dumps(row, ensure_ascii=False, default=to_json) + "\n" for row in rows]
     return "".join(lines).encode()
 
 
@@ -487,8 +480,8 @@ def read_records(
     """The JSON objects in a file that a stage appends line by line; [] if there is no such file.
 
     A last line that was torn by a kill is left out, and with repair cut off the file; without
-    may_be_torn it is an error. InputError, naming the line, where a record cannot be read or lacks
-    one of the required fields; the file is then left as it is.
+    may_be_torn it is an error. InputError names the line of a record that cannot be read or lacks a
+    required field; the file is then left as it is.
     """
     if not path.is_file():
         return []
@@ -524,8 +517,8 @@ def drop_records_after(path: Path, step: int) -> None:
 
 @contextmanager
 def lock_output(out: str | Path) -> Iterator[None]:
-    """Hold an output file or folder for this process alone, by a lock on .NAME.lock beside it. The
-    file stays; the lock ends with the process. InputError if another process has it."""
+    """Hold an output file or folder for this process alone, by a lock on .NAME.lock beside it,
+    which ends with the process. InputError if another process has it."""
     import fcntl  # not on Windows
 
     out = Path(out).resolve()
@@ -688,24 +681,18 @@ class Row:
         """A prompt row [T] and G completions (token ids, with the stop token) -> one row [T + their
         lengths]. Each completion is a supervised segment over the prompt, and its positions go on
         from the prompt's last position."""
-        ids, positions, next_position = [self.ids], [self.positions], self.positions.max() + 1
-        segments, length = list(self.segments), len(self)
-        if len(segments) != 1 or not all(completions):
-            raise ValueError(
-                "extend needs a row of one segment, and completions that are not empty"
-            )
+        if len(self.segments) != 1 or not all(completions):
+            raise ValueError("extend needs one segment, and completions that are not empty")
+        rows, next_position = [self], self.positions.max() + 1
         for completion in completions:
-            segments.append(Segment(length, len(completion), 0))
-            length += len(completion)
-            ids.append(torch.tensor(completion))
-            positions.append(torch.arange(len(completion)).expand(3, -1) + next_position)
-        return replace(
-            self,
-            ids=torch.cat(ids),
-            positions=torch.cat(positions, 1),
-            segments=tuple(segments),
-            supervised=torch.arange(length) >= len(self),
-        )
+            ids = torch.tensor(completion)
+            positions = torch.arange(len(ids)).expand(3, -1) + next_position
+            supervised = torch.ones_like(ids, dtype=torch.bool)
+            rows.append(Row(ids, positions, (Segment(0, len(ids)),), supervised, self.pixels[:0]))
+        row = Row.join(*rows)
+        prompt, *others = row.segments
+        segments = (prompt, *(segment._replace(prefix=0) for segment in others))
+        return replace(row, segments=segments, pixels=self.pixels)  # no copy of the pixels stays
 
 
 def pack(rows: Sequence[Sized], budget: int) -> list[list[int]]:
@@ -795,10 +782,9 @@ class Encoder:
     """The one path from a sample to tensors.
 
     model: a checkpoint directory or hub id. instruction: a file with another system message.
-    min_pixels, max_pixels: bounds for the area of an image after scaling. They override the
-    checkpoint's own, which `write` leaves in its folder, so that they travel with it. InputError if
-    the tokenizer or the settings are unusable, OSError for a missing file of settings,
-    CheckpointError if there is no such model.
+    min_pixels, max_pixels: bounds for the area of an image after scaling, in place of the
+    checkpoint's. `write` leaves all these in a checkpoint. InputError if the tokenizer or the
+    settings are unusable, OSError for a missing file, CheckpointError if there is no such model.
     """
 
     def __init__(
@@ -842,12 +828,8 @@ class Encoder:
             raise InputError(f"{folder}: {size} tokens in its tokenizer, vocab_size is {room}")
 
     def _load_image_settings(self, folder: Path, config: ModelConfig, given: dict) -> None:
-        """Set the sides of patches and merge blocks, the bounds of an image's area, and mean and
-        deviation of its colours [3, 1].
-
-        given: min_pixels and max_pixels, or None for the checkpoint's. InputError if they are
-        unusable, or the sides are not those of the model.
-        """
+        """Set the sides of patches and merge blocks, the bounds of an image's area (`given`, or the
+        checkpoint's where that is None), and mean and deviation of its colours [3, 1]."""
         if (folder / "preprocessor_config.json").is_file():
             settings = read_json(folder / "preprocessor_config.json")
         else:  # transformers 5 saves them inside another file
@@ -896,12 +878,9 @@ class Encoder:
 
     def image(self, path: Path) -> tuple[Tensor, tuple[int, int, int]]:
         """An image file -> normalised patches [P, 3 * temporal_patch_size * patch_size^2] float32,
-        and its grid (1, height, width) in patches, with P = height * width.
-
-        The patches of a merge block are contiguous, and each holds the image once for every frame
-        of a temporal patch. Equal to transformers' Qwen2VLImageProcessorPil: bicubic on 8 bits,
-        1/255, mean and deviation.
-        """
+        and its grid (1, height, width) in patches, with P = height * width. The patches of a merge
+        block are contiguous, and each holds the image once for every frame of a temporal patch.
+        Equal to transformers' Qwen2VLImageProcessorPil."""
         image, patch, merge = open_image(path), self.patch_size, self.merge_size
         grid = self._grid(image)
         _, height, width = grid
