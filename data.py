@@ -627,8 +627,7 @@ def read_text(path: str | Path) -> str:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. OSError if it cannot be read, InputError if it holds none."""
-    problems = (json.JSONDecodeError, RecursionError, TypeError)
-    with as_input_error(f"{path}: holds no JSON object", *problems):
+    with as_input_error(f"{path}: holds no JSON object", ValueError, RecursionError, TypeError):
         return {**json.loads(read_text(path))}
 
 
@@ -941,13 +940,10 @@ class Encoder:
     @staticmethod
     def target_text(sample: Sample) -> str:
         """What the guard should answer. InputError if reasoning or a label is missing or unfit."""
-        if not sample.is_complete:
-            need = "training needs reasoning (data.py synthesize) and labels"
-            raise InputError(f"sample {sample.id}: {need}")
         target = TARGET.format(sample.reasoning, sample.request_label, sample.response_label)
-        if not reward.parse(target).format_ok:
-            problem = f"the reasoning is blank or holds one of {reward.TAGS}"
-            raise InputError(f"sample {sample.id}: {problem}")
+        if not (sample.is_complete and reward.parse(target).format_ok):
+            need = f"labels, and reasoning (data.py synthesize) that holds none of {reward.TAGS}"
+            raise InputError(f"sample {sample.id}: training needs {need}")
         return target
 
     def _prompt_ids(self, sample: Sample, grid: tuple[int, int, int] | None = None) -> list[int]:

@@ -120,7 +120,7 @@ def test_only_id_source_and_request_are_needed(tmp_path):
 
 def rejected_by(stage, path):
     """What a stage has listed as rejected of a file; [] without such a list."""
-    listed = data.rejected_path(path, stage)
+    listed = Path(f"{path}.rejected-by-{stage}")
     return list(map(json.loads, listed.read_text().splitlines())) if listed.exists() else []
 
 
@@ -171,7 +171,7 @@ def test_bad_rows_are_named(tmp_path, row, message):
     assert message in str(error.value) and "\n" not in str(error.value)
     if isinstance(row, dict) and row.get("id") == "a":
         assert ":3: 'a': " in str(error.value)
-    assert not data.rejected_path(path, "skip-bad").exists()
+    assert not Path(f"{path}.rejected-by-skip-bad").exists()
 
 
 def test_skip_bad(tmp_path, capsys):

@@ -234,7 +234,7 @@ def read(path):
 
 def written(folder):
     out = folder / "out" / "train.jsonl"
-    return read(out), read(data.rejected_path(out, "synthesize"))
+    return read(out), read(out.with_name("train.jsonl.rejected-by-synthesize"))
 
 
 def seeded_faults(seed, rate):
