@@ -851,9 +851,9 @@ class Encoder:
             self.std = np.array(settings["image_std"], np.float32).reshape(3, 1)
             if not (np.isfinite([self.mean, self.std]).all() and (self.std > 0).all()):
                 raise ValueError("not finite, or a deviation that is not above 0")
-        if not 0 < self.min_pixels <= self.max_pixels:
-            bounds = f"min_pixels {self.min_pixels}, max_pixels {self.max_pixels}"
-            raise InputError(f"{bounds}: the first must be positive, and at most the second")
+            if not 0 < self.min_pixels <= self.max_pixels:
+                bounds = f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}"
+                raise ValueError(f"{bounds}; the first is above 0, and at most the second")
 
     def write(self, folder: str | Path) -> None:
         """Leave the instruction and the pixel bounds in a checkpoint directory."""
@@ -942,8 +942,8 @@ class Encoder:
         """What the guard should answer. InputError if reasoning or a label is missing or unfit."""
         target = TARGET.format(sample.reasoning, sample.request_label, sample.response_label)
         if not (sample.is_complete and reward.parse(target).format_ok):
-            need = f"labels, and reasoning (data.py synthesize) that holds none of {reward.TAGS}"
-            raise InputError(f"sample {sample.id}: training needs {need}")
+            need = f"reasoning (data.py synthesize), not blank and without {reward.TAGS}"
+            raise InputError(f"sample {sample.id}: training needs {need}, and labels")
         return target
 
     def _prompt_ids(self, sample: Sample, grid: tuple[int, int, int] | None = None) -> list[int]:
