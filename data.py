@@ -321,6 +321,7 @@ def check_inputs(cfg: Any) -> None:
     """InputError if --data is empty, or another stage has yet to make what this one reads."""
     made_by = {
         "data/train.jsonl": "data.py convert",
+        "data/test.jsonl": "data.py convert",
         "out/sft": "sft.py",
         "out/rl.jsonl": "augment.py",
         "out/guard": "grpo.py",
