@@ -738,24 +738,17 @@ def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -
 # ---- images
 
 
-@contextmanager
-def image_header(path: Path) -> Iterator[Image.Image]:
-    """An image file of which only the header has been read. InputError, naming it, if the block
-    fails, and for other formats than FORMATS (EPS would start Ghostscript), sides over 200:1,
-    decompression bombs and float pixels."""
+def open_image(path: Path) -> Image.Image:
+    """An image file as 8-bit RGB: its first frame, turned as EXIF says, with transparency on white;
+    16-bit grey is scaled to 8 bits. InputError, naming the file, if it cannot be decoded, and for
+    other formats than FORMATS (EPS would start Ghostscript), sides over 200:1, decompression bombs
+    and float pixels."""
     with as_input_error(f"image {path} cannot be used", *DAMAGED), Image.open(path) as image:
         if image.format not in FORMATS or image.mode == "F":
             raise ValueError(f"format {image.format} with pixels of mode {image.mode}")
         too_many_pixels = image.width * image.height > Image.MAX_IMAGE_PIXELS
         if too_many_pixels or max(image.size) > 200 * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels")
-        yield image
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file as 8-bit RGB: its first frame, turned as EXIF says, with transparency on white;
-    16-bit grey is scaled to 8 bits. InputError, naming the file, if it cannot be decoded."""
-    with image_header(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             grey = np.asarray(image).clip(0, 65535) / 257
@@ -923,15 +916,6 @@ class Encoder:
         positions = self._positions(ids, grid)
         return Row(torch.tensor(ids), positions, segments, supervised, pixels, grids)
 
-    def length(self, sample: Sample) -> int:
-        """Number of tokens of prompt(sample), by its image's header. InputError with the id."""
-        if sample.image is None:
-            return len(self._prompt_ids(sample))
-        with as_input_error(f"sample {sample.id}", InputError):
-            with image_header(sample.image_path) as image:
-                grid = self._grid(image)  # EXIF may swap its sides: their product is the same
-        return len(self._prompt_ids(sample, grid))
-
     def example(self, sample: Sample) -> Row:
         """The prompt, then target and <|im_end|>, supervised (Eq. 3). InputError with the id."""
         target = self._encode(self.target_text(sample)) + [self.control["im_end"]]
@@ -947,7 +931,7 @@ class Encoder:
             raise InputError(f"sample {sample.id}: training needs {need}, and labels")
         return target
 
-    def _prompt_ids(self, sample: Sample, grid: tuple[int, int, int] | None = None) -> list[int]:
+    def _prompt_ids(self, sample: Sample, grid: tuple[int, int, int] | None) -> list[int]:
         """As the chat template: control tokens by id, the text between them in one piece."""
         start, end = self.control["im_start"], self.control["im_end"]
         before_image, *after_image = user_text(sample)

@@ -455,24 +455,6 @@ def test_modes_equal_transformers(published, reference, tmp_path, mode, suffix):
     assert_equal_to(reference, encoder.image(path), path, 3136, 12845056)
 
 
-def test_lengths_from_headers_are_those_of_prompts(encoder, tmp_path):
-    rng, samples = (
-        np.random.default_rng(0),
-        [Sample("t", "x", "One two", response="Three <|im_end|>")],
-    )
-    for i in range(40):
-        size, turn = rng.integers(1, 400, 2).clip(20), 1 + i % 8
-        exif = Image.Exif()
-        exif[0x0112] = turn  # orientation
-        Image.new("RGB", tuple(int(n) for n in size), "red").save(tmp_path / f"{i}.jpg", exif=exif)
-        samples.append(
-            Sample(str(i), "x", "" if i % 2 else "What is it?", image=f"{i}.jpg", folder=tmp_path)
-        )
-    assert [encoder.length(s) for s in samples] == [
-        len(row) for row in prefetch(encoder.prompt, samples)
-    ]
-
-
 def test_ahead_keeps_the_order_and_its_distance():
     begun = []
     for i, item in enumerate(prefetch(lambda n: begun.append(n) or -n, range(20), workers=2)):
@@ -541,9 +523,8 @@ def test_images_that_are_refused(encoder, tmp_path, name):
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
     picture(tmp_path / "long.png", (2, 401))
     (tmp_path / "folder").mkdir()
-    for make in (encoder.prompt, encoder.length):
-        with pytest.raises(InputError, match=f"sample s1: image .*{name} cannot be used: "):
-            make(sample(tmp_path, image=name))
+    with pytest.raises(InputError, match=f"sample s1: image .*{name} cannot be used: "):
+        encoder.prompt(sample(tmp_path, image=name))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
