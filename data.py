@@ -126,21 +126,19 @@ LIMITS = {
 }
 
 
-def number(name: str, kind: type, default: float | None) -> Callable[[str], float]:
-    """The function that reads a numeric flag: from 0 to 2^32 - 1, or as LIMITS says. An int is at
-    least 1 unless its default is 0."""
-    smallest = 1 if kind is int and default != 0 else 0
-    least, most = LIMITS.get(name, (smallest, 2**32 - 1))
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if least <= value <= most or (name == "temperature" and value == 0):
-            return value
-        zero = "0, or " if name == "temperature" else ""
-        raise argparse.ArgumentTypeError(f"{text} is not {zero}a number from {least} to {most}")
-
-    parse.__name__ = kind.__name__  # for argparse's own message
-    return parse
+def check_numbers(cfg: Any) -> None:
+    """InputError for a number that is not within its LIMITS or, where it has none, from 0 to
+    2^32 - 1; an int is then at least 1, unless its default is 0."""
+    for entry in fields(cfg):
+        value = getattr(cfg, entry.name)
+        is_greedy = entry.name == "temperature" and value == 0
+        if type(value) not in (int, float) or is_greedy:
+            continue
+        smallest = 1 if type(value) is int and entry.default != 0 else 0
+        least, most = LIMITS.get(entry.name, (smallest, 2**32 - 1))
+        if not least <= value <= most:
+            flag = entry.name.replace("_", "-")
+            raise InputError(f"argument --{flag}: {value} is not a number from {least} to {most}")
 
 
 class Parser(HfArgumentParser):
@@ -154,8 +152,6 @@ class Parser(HfArgumentParser):
     def add_argument(self, *names: str, group: str | None = None, **how) -> None:
         """One flag, as HfArgumentParser derives it from a field; `group` is from `option`."""
         kind = how.get("type")
-        if kind in (int, float):
-            how["type"] = number(names[0].strip("-"), kind, how.get("default"))
         if "choices" not in how and kind is not None:
             how["metavar"] = {int: "INT", float: "FLOAT", str: "TEXT"}.get(kind, "BOOL")
         if how.get("action") == "store_false":
@@ -218,6 +214,7 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
     rank, and any error ends the process at once."""
     try:
         cfg, main = read_flags(config, main)
+        check_numbers(cfg)
         with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
             main(cfg)
     except KeyboardInterrupt:

@@ -597,8 +597,9 @@ def test_files_of_others_are_left_alone(tmp_path, content):
 )
 def test_the_range_of_flags(flag):
     name, value = flag.split("=")
-    with pytest.raises(InputError, match=f"--{name}: {value} is not a number from "):
-        data.Parser(SynthesizeConfig).parse_args(["--input=a", "--out=b", f"--{flag}"])
+    flags = data.Parser(SynthesizeConfig).parse_args(["--input=a", "--out=b", f"--{flag}"])
+    with pytest.raises(InputError, match=rf"--{name}: {value}\S* is not a number from "):
+        data.check_numbers(SynthesizeConfig(**vars(flags)))
 
 
 def test_wrong_use(tmp_path, monkeypatch):
