@@ -170,17 +170,16 @@ class Parser(HfArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def end_process(code: int, message: str, delay: float = 0) -> NoReturn:
-    """Print a message on stderr, and end with an exit code. One of several ranks does so after a
-    delay (in seconds), without closing its process group, which could wait for ranks that wait for
-    this one; torchrun then ends the others: SIGTERM, and after 30 seconds SIGKILL."""
+def end_process(code: int, message: str) -> NoReturn:
+    """Print a message on stderr, and end with an exit code. One of several ranks does not close its
+    process group, which could wait for ranks that wait for this one; torchrun then ends the others:
+    SIGTERM, and after 30 seconds SIGKILL."""
     if not torch.distributed.is_initialized():
         print(message, end="", file=sys.stderr)
         sys.exit(code)
     try:
         print(message, end="", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        time.sleep(delay)
     finally:  # also if nobody reads what is printed any more
         os._exit(code)
 
@@ -227,9 +226,8 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
         if not several:
             raise
         if has_lost_another(error):
-            # Later, since torchrun's report names the rank that ended first as the cause.
-            message = f"error: {rank} another rank has ended; its message says why\n"
-            end_process(1, message, delay=2)
+            time.sleep(2)  # as torchrun's report names the rank that ended first as the cause
+            end_process(1, f"error: {rank} another rank has ended; its message says why\n")
         end_process(1, f"{rank}\n{traceback.format_exc()}")
 
 
