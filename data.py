@@ -206,7 +206,7 @@ def read_flags(config: type | dict, main: Callable | None) -> tuple[Any, Callabl
     return config(**flags), main
 
 
-def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None = None) -> None:
+def cli(config: type | dict, main: Callable | None = None) -> None:
     """Run main with the flags of a config dataclass; or, of {subcommand: (dataclass, function)},
     the function that the command line names. InputError, CheckpointError and OSError give one line
     on stderr and status 2, like wrong flags; Ctrl-C 130. With several ranks the line names the
@@ -222,7 +222,8 @@ def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None =
         several = torch.distributed.is_initialized()
         rank = f"rank {torch.distributed.get_rank()}:" if several else ""
         if isinstance(error, (InputError, CheckpointError, OSError)):
-            end_process(2, " ".join(f"error: {rank} {error}".split()) + "\n")
+            line = " ".join(f"error: {rank} {error}".split())
+            end_process(2, f"{line}\n")
         if not several:
             raise
         if has_lost_another(error):
@@ -375,7 +376,7 @@ def decode_json(line: bytes) -> Any:
         return InputError(f"not valid JSON: {error}")
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | InputError:
+def unique_keys(pairs: list[tuple]) -> dict | InputError:
     """The object_pairs_hook of json.loads: a dict, or the InputError that a key is there twice, at
     any depth. It is returned, not raised, so that the rows around it can be read."""
     try:
@@ -402,23 +403,23 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def to_json(sample: Sample) -> dict[str, Any]:
+def to_json(sample: Sample) -> dict:
     """The JSON object of a sample; `parents` is left out when there are none."""
     return {key: getattr(sample, key) for key in KEYS if key != "parents" or sample.parents}
 
 
-def write_samples(path: str | Path, rows: Iterable[Sample | dict[str, Any]]) -> None:
+def write_samples(path: str | Path, rows: Iterable[Sample | dict]) -> None:
     """Write samples, or rows set aside, as JSON Lines."""
     write_atomic(path, json_lines(rows))
 
 
-def json_lines(rows: Iterable[Sample | dict[str, Any]]) -> bytes:
+def json_lines(rows: Iterable[Sample | dict]) -> bytes:
     """Samples or JSON objects, a line each."""
     lines = [json.dumps(row, ensure_ascii=False, default=to_json) + "\n" for row in rows]
     return "".join(lines).encode()
 
 
-def write_rejected(path: str | Path, stage: str, rows: list[dict[str, Any]]) -> Path:
+def write_rejected(path: str | Path, stage: str, rows: list[dict]) -> Path:
     """List the rows of a file that a stage ("convert", "synthesize" or "skip-bad") has not used, in
     a file of its own, whose path is returned; without such rows an earlier list is removed."""
     listed = Path(f"{path}.rejected-by-{stage}")  # which no glob for *.jsonl finds
@@ -464,7 +465,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+def append_records(path: Path, records: Iterable[dict]) -> None:
     """Append JSON objects to a file, a line each. OSError names the file."""
     with naming(path), open(path, "ab") as file:
         file.write(json_lines(records))
@@ -472,7 +473,7 @@ def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def read_records(
     path: Path, required: Iterable[str] = (), repair: bool = False, may_be_torn: bool = True
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """The JSON objects in a file that a stage appends line by line; [] if there is no such file.
 
     A last line that was torn by a kill is left out, and with repair cut off the file; without
@@ -601,18 +602,18 @@ def inputs_digest(
     """{input: digest} of all that a stage reads: the model's files, data files, the instruction
     file, and the images of the samples (by size and time)."""
     digests = {f"{model}/{name}": digest for name, digest in model_digests(model).items()}
-    digests |= {path: content_digest(path) for path in files}
-    if instruction:
-        digests[instruction] = content_digest(instruction)
-    stamps = sorted({(str(s.image_path), *image_stamp(s)) for s in samples if s.image is not None})
+    digests |= {path: content_digest(path) for path in [*files, instruction] if path}
+    with_images = [sample for sample in samples if sample.image is not None]
+    stamps = sorted({(str(sample.image_path), *image_stamp(sample)) for sample in with_images})
     if stamps:
         digests["images"] = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     return digests
 
 
-def changed_inputs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changed_inputs(before: dict, now: dict) -> list[str]:
     """The names of the inputs that are not what they were, sorted."""
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    names = before.keys() | now.keys()
+    return sorted(name for name in names if before.get(name) != now.get(name))
 
 
 def read_text(path: str | Path) -> str:
@@ -621,7 +622,7 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text("utf-8")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict:
     """The JSON object in a file. OSError if it cannot be read, InputError if it holds none."""
     with as_input_error(f"{path}: holds no JSON object", ValueError, RecursionError, TypeError):
         return {**json.loads(read_text(path))}
@@ -682,8 +683,9 @@ class Row:
         for completion in completions:
             ids = torch.tensor(completion)
             positions = torch.arange(len(ids)).expand(3, -1) + next_position
+            segments = (Segment(0, len(ids)),)
             supervised = torch.ones_like(ids, dtype=torch.bool)
-            rows.append(Row(ids, positions, (Segment(0, len(ids)),), supervised, self.pixels[:0]))
+            rows.append(Row(ids, positions, segments, supervised, self.pixels[:0]))
         row = Row.join(*rows)
         prompt, *others = row.segments
         segments = (prompt, *(segment._replace(prefix=0) for segment in others))
@@ -694,7 +696,8 @@ def pack(rows: Sequence[Sized], budget: int) -> list[list[int]]:
     """Best fit, longest first: bins of indices into `rows` with at most `budget` tokens each.
     A row longer than the budget gets a bin of its own; nothing is cut or dropped."""
     bins, free = [], []  # the indices in each bin, and the tokens it has room for
-    for index in sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True):
+    longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    for index in longest_first:
         length = len(rows[index])
         fitting = [bin for bin in range(len(bins)) if free[bin] >= length]
         if not fitting:
@@ -707,7 +710,7 @@ def pack(rows: Sequence[Sized], budget: int) -> list[list[int]]:
     return sorted(sorted(indices) for indices in bins)
 
 
-def prefetch(make: Callable[[Any], Any], items: Iterable, workers: int | None = None) -> Iterator:
+def prefetch(make: Callable, items: Iterable, workers: int | None = None) -> Iterator:
     """make(item) of every item, in order, computed by threads while the caller is busy: decoding an
     image releases the GIL. By default the threads are this process's share of the cores; at most
     two results for each wait to be taken."""
@@ -838,7 +841,8 @@ class Encoder:
             self.max_pixels = int(known.get("max_pixels", known["longest_edge"]))
             self.mean = np.array(settings["image_mean"], np.float32).reshape(3, 1)
             self.std = np.array(settings["image_std"], np.float32).reshape(3, 1)
-            if not (np.isfinite([self.mean, self.std]).all() and (self.std > 0).all()):
+            is_finite = np.isfinite([self.mean, self.std]).all()
+            if not is_finite or (self.std <= 0).any():
                 raise ValueError("not finite, or a deviation that is not above 0")
             if not 0 < self.min_pixels <= self.max_pixels:
                 bounds = f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}"
@@ -952,7 +956,8 @@ class Encoder:
         before = torch.arange(first)
         cells = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
         after = torch.arange(len(ids) - first - rows * columns) + first + max(rows, columns)
-        return torch.cat([before.repeat(3, 1), cells.T + first, after.repeat(3, 1)], 1)
+        parts = [before.repeat(3, 1), cells.T + first, after.repeat(3, 1)]
+        return torch.cat(parts, 1)
 
 
 # ---- the released formats
