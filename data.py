@@ -679,7 +679,8 @@ class Row:
         from the prompt's last position."""
         if len(self.segments) != 1 or not all(completions):
             raise ValueError("extend needs one segment, and completions that are not empty")
-        rows, next_position = [self], self.positions.max() + 1
+        next_position = self.positions.max() + 1
+        rows = [replace(self, supervised=torch.zeros_like(self.supervised))]
         for completion in completions:
             ids = torch.tensor(completion)
             positions = torch.arange(len(ids)).expand(3, -1) + next_position
