@@ -104,7 +104,7 @@ def halved(flag: str, value: int, least: int = 1) -> str:
 def option(default: Any = MISSING, help: str = "", group: str | None = None) -> Any:
     """A field of a config dataclass that becomes a flag; without a default the flag is required.
     group: a heading of --help, which begins with this flag."""
-    if default is not MISSING and default is not None and default is not False and default != []:
+    if default is not False and default not in (MISSING, None, []):
         shown = " ".join(default) if isinstance(default, list) else default
         help += f" (default: {shown})"
     metadata = {"help": help.replace("%", "%%"), "group": group}
