@@ -679,18 +679,18 @@ class Row:
         from the prompt's last position."""
         if len(self.segments) != 1 or not all(completions):
             raise ValueError("extend needs one segment, and completions that are not empty")
-        next_position = self.positions.max() + 1
-        rows = [replace(self, supervised=torch.zeros_like(self.supervised))]
+        next_position, no_pixels = self.positions.max() + 1, self.pixels[:0]
+        rows = [replace(self, supervised=torch.zeros_like(self.supervised), pixels=no_pixels)]
         for completion in completions:
             ids = torch.tensor(completion)
             positions = torch.arange(len(ids)).expand(3, -1) + next_position
             segments = (Segment(0, len(ids)),)
             supervised = torch.ones_like(ids, dtype=torch.bool)
-            rows.append(Row(ids, positions, segments, supervised, self.pixels[:0]))
+            rows.append(Row(ids, positions, segments, supervised, no_pixels))
         row = Row.join(*rows)
         prompt, *others = row.segments
         segments = (prompt, *(segment._replace(prefix=0) for segment in others))
-        return replace(row, segments=segments, pixels=self.pixels)  # no copy of the pixels stays
+        return replace(row, segments=segments, pixels=self.pixels)
 
 
 def pack(rows: Sequence[Sized], budget: int) -> list[list[int]]:
