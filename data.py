@@ -68,6 +68,7 @@ LARGEST = 64 * 2**20  # bytes of an image, unpacked
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError)
 DAMAGED += (struct.error, zlib.error, BadZipFile, Image.DecompressionBombError)
 CONTROL = "im_start im_end endoftext vision_start vision_end image_pad video_pad".split()
+Grid = tuple[int, int, int]  # an image's time, height and width, in patches
 
 
 class InputError(ValueError):
@@ -507,8 +508,9 @@ def drop_records_after(path: Path, step: int) -> None:
     if step == 0:
         path.unlink(missing_ok=True)
     elif path.is_file():
+        records = read_records(path, ["step"])
         with as_input_error(f"{path}: damaged, or start over with --fresh", TypeError):
-            kept = [record for record in read_records(path, ["step"]) if record["step"] <= step]
+            kept = [record for record in records if record["step"] <= step]
         write_samples(path, kept)
 
 
@@ -649,7 +651,7 @@ class Row:
     segments: tuple[Segment, ...]  # they tile the row in order
     supervised: Tensor  # [T] bool: the tokens that the loss is taken over
     pixels: Tensor  # [P, 1176] float32; [0, 1176] without an image
-    grids: tuple[tuple[int, int, int], ...] = ()  # (time, height, width) of images, in patches
+    grids: tuple[Grid, ...] = ()  # of its images
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -866,10 +868,11 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, without stop and other special tokens."""
+        ids = [id for id in ids if id not in self.stop_ids]
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode([id for id in ids if id not in self.stop_ids], **how)
+        return self.tokenizer.decode(ids, **how)
 
-    def image(self, path: Path) -> tuple[Tensor, tuple[int, int, int]]:
+    def image(self, path: Path) -> tuple[Tensor, Grid]:
         """An image file -> normalised patches [P, 3 * temporal_patch_size * patch_size^2] float32,
         and its grid (1, height, width) in patches, with P = height * width. The patches of a merge
         block are contiguous, and each holds the image once for every frame of a temporal patch.
@@ -889,7 +892,7 @@ class Encoder:
         patches = patches.repeat(self.temporal_patch_size, axis=1)
         return torch.from_numpy(patches.reshape(height * width, -1)), grid
 
-    def _grid(self, image: Image.Image) -> tuple[int, int, int]:
+    def _grid(self, image: Image.Image) -> Grid:
         """The grid of an image, scaled to whole merge blocks and an area within the bounds."""
         area, block = image.height * image.width, self.patch_size * self.merge_size
         rows, columns = round(image.height / block), round(image.width / block)
@@ -905,7 +908,8 @@ class Encoder:
 
     def prompt(self, sample: Sample) -> Row:
         """One segment, up to the end of the assistant's header. InputError with the id."""
-        pixels, grid = torch.zeros(0, 3 * self.temporal_patch_size * self.patch_size**2), None
+        grid = None
+        pixels = torch.zeros(0, 3 * self.temporal_patch_size * self.patch_size**2)
         if sample.image is not None:
             with as_input_error(f"sample {sample.id}", InputError):
                 pixels, grid = self.image(sample.image_path)
@@ -931,7 +935,7 @@ class Encoder:
             raise InputError(f"sample {sample.id}: training needs {need}, and labels")
         return target
 
-    def _prompt_ids(self, sample: Sample, grid: tuple[int, int, int] | None) -> list[int]:
+    def _prompt_ids(self, sample: Sample, grid: Grid | None) -> list[int]:
         """As the chat template: control tokens by id, the text between them in one piece."""
         start, end = self.control["im_start"], self.control["im_end"]
         before_image, *after_image = user_text(sample)
@@ -946,7 +950,7 @@ class Encoder:
             ids += self._encode(part) if isinstance(part, str) else [part]
         return ids
 
-    def _positions(self, ids: list[int], grid: tuple[int, int, int] | None) -> Tensor:
+    def _positions(self, ids: list[int], grid: Grid | None) -> Tensor:
         """M-RoPE positions [3, T]. Text counts up on all three axes; the tokens of an image share
         one time and spread over the merged grid; the text after it goes on from the longer side."""
         if grid is None:
