@@ -205,7 +205,7 @@ def concatenations(
         seen |= {name, pair}
         sample = concatenate(first, second)
         try:
-            length = encoder.length(sample)
+            length = len(encoder.prompt(sample))
         except InputError:  # two wide images can be too wide together
             continue
         if (sample.request_label or sample.response_label) and length <= max_prompt_tokens:

@@ -27,7 +27,6 @@ import time
 import traceback
 import unicodedata
 import zlib
-from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +68,7 @@ LARGEST = 64 * 2**20  # bytes of an image, unpacked
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError)
 DAMAGED += (struct.error, zlib.error, BadZipFile, Image.DecompressionBombError)
 CONTROL = "im_start im_end endoftext vision_start vision_end image_pad video_pad".split()
+Grid = tuple[int, int, int]  # an image's time, height and width, in patches
 
 
 class InputError(ValueError):
@@ -105,7 +105,7 @@ def halved(flag: str, value: int, least: int = 1) -> str:
 def option(default: Any = MISSING, help: str = "", group: str | None = None) -> Any:
     """A field of a config dataclass that becomes a flag; without a default the flag is required.
     group: a heading of --help, which begins with this flag."""
-    if default is not MISSING and default is not None and default is not False and default != []:
+    if default is not False and default not in (MISSING, None, []):
         shown = " ".join(default) if isinstance(default, list) else default
         help += f" (default: {shown})"
     metadata = {"help": help.replace("%", "%%"), "group": group}
@@ -127,21 +127,19 @@ LIMITS = {
 }
 
 
-def number(name: str, kind: type, default: float | None) -> Callable[[str], float]:
-    """The function that reads a numeric flag: from 0 to 2^32 - 1, or as LIMITS says. An int is at
-    least 1 unless its default is 0."""
-    smallest = 1 if kind is int and default != 0 else 0
-    least, most = LIMITS.get(name, (smallest, 2**32 - 1))
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if least <= value <= most or (name == "temperature" and value == 0):
-            return value
-        zero = "0, or " if name == "temperature" else ""
-        raise argparse.ArgumentTypeError(f"{text} is not {zero}a number from {least} to {most}")
-
-    parse.__name__ = kind.__name__  # for argparse's own message
-    return parse
+def check_numbers(cfg: Any) -> None:
+    """InputError for a number that is not within its LIMITS or, where it has none, from 0 to
+    2^32 - 1; an int is then at least 1, unless its default is 0."""
+    for entry in fields(cfg):
+        value = getattr(cfg, entry.name)
+        is_greedy = entry.name == "temperature" and value == 0
+        if type(value) not in (int, float) or is_greedy:
+            continue
+        smallest = 1 if type(value) is int and entry.default != 0 else 0
+        least, most = LIMITS.get(entry.name, (smallest, 2**32 - 1))
+        if not least <= value <= most:
+            flag = entry.name.replace("_", "-")
+            raise InputError(f"argument --{flag}: {value} is not a number from {least} to {most}")
 
 
 class Parser(HfArgumentParser):
@@ -154,11 +152,7 @@ class Parser(HfArgumentParser):
 
     def add_argument(self, *names: str, group: str | None = None, **how) -> None:
         """One flag, as HfArgumentParser derives it from a field; `group` is from `option`."""
-        if "-h" in names:
-            return super().add_argument(*names, **how)
         kind = how.get("type")
-        if kind in (int, float):
-            how["type"] = number(names[0].strip("-"), kind, how.get("default"))
         if "choices" not in how and kind is not None:
             how["metavar"] = {int: "INT", float: "FLOAT", str: "TEXT"}.get(kind, "BOOL")
         if how.get("action") == "store_false":
@@ -177,38 +171,26 @@ class Parser(HfArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def end_process(code: int, message: str, delay: float = 0) -> NoReturn:
-    """Print a message on stderr, and end with an exit code; one of several ranks after a delay.
-
-    A rank leaves its process group open, since closing it can wait for ranks that wait for this
-    one. torchrun then ends the others: SIGTERM, and after 30 seconds SIGKILL.
-    """
+def end_process(code: int, message: str) -> NoReturn:
+    """Print a message on stderr, and end with an exit code. One of several ranks does not close its
+    process group, which could wait for ranks that wait for this one; torchrun then ends the others:
+    SIGTERM, and after 30 seconds SIGKILL."""
     if not torch.distributed.is_initialized():
         print(message, end="", file=sys.stderr)
         sys.exit(code)
     try:
         print(message, end="", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        time.sleep(delay)  # in seconds
     finally:  # also if nobody reads what is printed any more
         os._exit(code)
 
 
-def fail_rank(error: Exception) -> NoReturn:
-    """End one of several ranks after an unexpected exception: with its traceback and status 1.
-
-    A rank that has lost its connection to another one, which failed or was killed, prints a single
-    line instead, so that the message of the other one is found. It ends a little later, since
-    torchrun's report names the rank that ended first as the cause.
-    """
-    rank, message = torch.distributed.get_rank(), str(error)
+def has_lost_another(error: Exception) -> bool:
+    """Whether a rank fails because its connection to another one, which has ended, is lost."""
+    message = str(error)
     lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
-    lost_in_nccl = "ncclRemoteError" in message
     lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
-    if not (lost_in_gloo or lost_in_nccl or lost_the_store):
-        end_process(1, f"rank {rank}:\n{traceback.format_exc()}")
-    lost = f"error: rank {rank}: another rank has ended; its message says why\n"
-    end_process(1, lost, delay=2)
+    return lost_in_gloo or lost_the_store or "ncclRemoteError" in message
 
 
 def read_flags(config: type | dict, main: Callable | None) -> tuple[Any, Callable]:
@@ -225,26 +207,30 @@ def read_flags(config: type | dict, main: Callable | None) -> tuple[Any, Callabl
     return config(**flags), main
 
 
-def cli(config: type | dict[str, tuple[type, Callable]], main: Callable | None = None) -> None:
+def cli(config: type | dict, main: Callable | None = None) -> None:
     """Run main with the flags of a config dataclass; or, of {subcommand: (dataclass, function)},
     the function that the command line names. InputError, CheckpointError and OSError give one line
     on stderr and status 2, like wrong flags; Ctrl-C 130. With several ranks the line names the
-    rank, and an error ends the process at once."""
+    rank, and any error ends the process at once."""
     try:
         cfg, main = read_flags(config, main)
+        check_numbers(cfg)
         with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
             main(cfg)
-    except (InputError, CheckpointError, OSError) as error:
-        message = " ".join(str(error).split())
-        if torch.distributed.is_initialized():
-            message = f"rank {torch.distributed.get_rank()}: {message}"
-        end_process(2, f"error: {message}\n")
     except KeyboardInterrupt:
         end_process(130, "")
     except Exception as error:  # of any kind: one rank that fails has to end all
-        if not torch.distributed.is_initialized():
+        several = torch.distributed.is_initialized()
+        rank = f"rank {torch.distributed.get_rank()}:" if several else ""
+        if isinstance(error, (InputError, CheckpointError, OSError)):
+            line = " ".join(f"error: {rank} {error}".split())
+            end_process(2, f"{line}\n")
+        if not several:
             raise
-        fail_rank(error)
+        if has_lost_another(error):
+            time.sleep(2)  # as torchrun's report names the rank that ended first as the cause
+            end_process(1, f"error: {rank} another rank has ended; its message says why\n")
+        end_process(1, f"{rank}\n{traceback.format_exc()}")
 
 
 # ---- samples
@@ -329,9 +315,10 @@ def find_image(name: str, folder: Path, must_exist: bool = True) -> Path:
 
 
 def check_inputs(cfg: Any) -> None:
-    """InputError naming the command to run, if cfg.data or a stage's cfg.model is missing."""
+    """InputError if --data is empty, or another stage has yet to make what this one reads."""
     made_by = {
         "data/train.jsonl": "data.py convert",
+        "data/test.jsonl": "data.py convert",
         "out/sft": "sft.py",
         "out/rl.jsonl": "augment.py",
         "out/guard": "grpo.py",
@@ -340,20 +327,17 @@ def check_inputs(cfg: Any) -> None:
     if not cfg.data:
         raise InputError("--data names no file")
     for path in (cfg.model, *cfg.data):
-        if not Path(path).exists() and (path in made_by or path != cfg.model):
-            command = f"`python {made_by.get(path, 'data.py convert')}`"
+        if path in made_by and not Path(path).exists():
+            command = f"`python {made_by[path]}`"
             raise InputError(f"there is no {path}: {command} makes it; or give --model and --data")
 
 
 def read_samples(
     paths: list[str], skip_bad: bool = False, hint: str = " (--skip-bad leaves it out)"
 ) -> list[Sample]:
-    """The samples in JSON Lines files, each file once, whatever way its path is spelled.
-
-    InputError for a bad line, naming file, line and id, with a `hint` at what to do. With skip_bad
-    it is listed in the file's rejected_path instead, as is one whose image cannot be decoded.
-    InputError, too, for what is no regular file and for a file without samples.
-    """
+    """The samples in JSON Lines files. InputError for a file without samples, and for a bad line,
+    naming file, line and id, with a `hint` at what to do. With skip_bad it is listed as rejected
+    instead, as is one whose image cannot be decoded."""
     samples = []
     for path in map(Path, regular_files(paths)):
         good, rejected = {}, []
@@ -393,10 +377,9 @@ def decode_json(line: bytes) -> Any:
         return InputError(f"not valid JSON: {error}")
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | InputError:
-    """The object_pairs_hook of json.loads: a dict, or an InputError if a key is there twice, here,
-    in an object within, or in one in a list. It is returned, not raised, so that the rows around it
-    can be read."""
+def unique_keys(pairs: list[tuple]) -> dict | InputError:
+    """The object_pairs_hook of json.loads: a dict, or the InputError that a key is there twice, at
+    any depth. It is returned, not raised, so that the rows around it can be read."""
     try:
         check_unique([key for key, _ in pairs], "key")
     except InputError as error:
@@ -421,35 +404,30 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def to_json(sample: Sample) -> dict[str, Any]:
+def to_json(sample: Sample) -> dict:
     """The JSON object of a sample; `parents` is left out when there are none."""
     return {key: getattr(sample, key) for key in KEYS if key != "parents" or sample.parents}
 
 
-def write_samples(path: str | Path, rows: Iterable[Sample | dict[str, Any]]) -> None:
+def write_samples(path: str | Path, rows: Iterable[Sample | dict]) -> None:
     """Write samples, or rows set aside, as JSON Lines."""
-    write_atomic(path, json_lines(to_json(r) if isinstance(r, Sample) else r for r in rows))
+    write_atomic(path, json_lines(rows))
 
 
-def json_lines(records: Iterable[dict[str, Any]]) -> bytes:
-    """JSON objects, a line each."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+def json_lines(rows: Iterable[Sample | dict]) -> bytes:
+    """Samples or JSON objects, a line each."""
+    lines = [json.dumps(row, ensure_ascii=False, default=to_json) + "\n" for row in rows]
     return "".join(lines).encode()
 
 
-def rejected_path(path: str | Path, stage: str) -> Path:
-    """Where a stage ("convert", "synthesize" or "skip-bad") lists the rows of a file that it has
-    not used, as JSON Lines. No glob for *.jsonl finds the list, and no other stage writes it."""
-    return Path(f"{path}.rejected-by-{stage}")
-
-
-def write_rejected(path: str | Path, stage: str, rows: list[dict[str, Any]]) -> Path:
-    """Write a stage's list of rejected rows, or remove its last one if there are none; its path."""
-    listed = rejected_path(path, stage)
+def write_rejected(path: str | Path, stage: str, rows: list[dict]) -> Path:
+    """List the rows of a file that a stage ("convert", "synthesize" or "skip-bad") has not used, in
+    a file of its own, whose path is returned; without such rows an earlier list is removed."""
+    listed = Path(f"{path}.rejected-by-{stage}")  # which no glob for *.jsonl finds
     if rows:
         write_samples(listed, rows)
-    elif listed.exists():
-        listed.unlink(missing_ok=True)  # several ranks may do so
+    else:
+        listed.unlink(missing_ok=True)
     return listed
 
 
@@ -488,7 +466,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+def append_records(path: Path, records: Iterable[dict]) -> None:
     """Append JSON objects to a file, a line each. OSError names the file."""
     with naming(path), open(path, "ab") as file:
         file.write(json_lines(records))
@@ -496,74 +474,58 @@ def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def read_records(
     path: Path, required: Iterable[str] = (), repair: bool = False, may_be_torn: bool = True
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """The JSON objects in a file that a stage appends line by line; [] if there is no such file.
 
     A last line that was torn by a kill is left out, and with repair cut off the file; without
-    may_be_torn it is an error. InputError, naming the line, where a record cannot be read or lacks
-    one of the required fields; the file is then left as it is.
+    may_be_torn it is an error. InputError names the line of a record that cannot be read or lacks a
+    required field; the file is then left as it is.
     """
     if not path.is_file():
         return []
-    *lines, last = path.read_bytes().split(b"\n")
-    torn = _is_torn(last)
-    if last and not (torn and may_be_torn):
-        lines.append(last)
-    records = []
-    for number, line in enumerate(lines, 1):
+    content, records = path.read_bytes(), []
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
         problem = f"{path}:{number}: damaged; remove the line or the file"
         with as_input_error(problem, ValueError, RecursionError):
-            record = json.loads(line.decode())
+            try:
+                record = json.loads(line.decode())
+            except ValueError:
+                # What does not begin like a record may be all that a stranger's file holds.
+                is_torn = not line.endswith(b"\n") and line.startswith(b'{"'[: len(line)])
+                if is_torn and may_be_torn:
+                    break
+                raise
             if not isinstance(record, dict) or not set(required) <= record.keys():
                 raise ValueError(f"want a JSON object with {', '.join(required)}")
         records.append(record)
-    if repair and torn:
-        os.truncate(path, path.stat().st_size - len(last))
-    elif repair:  # the last record lacks nothing but the end of its line
-        with open(path, "ab") as file:
-            file.write(b"\n")
+    if repair and not content.endswith(b"\n"):
+        write_samples(path, records)
     return records
-
-
-def _is_torn(line: bytes) -> bool:
-    """Whether a file's last line is empty or the beginning of a record. Anything else may be all
-    that a stranger's file holds."""
-    try:
-        json.loads(line)
-        return False
-    except (ValueError, RecursionError):
-        return line.startswith(b'{"'[: len(line)])
 
 
 def drop_records_after(path: Path, step: int) -> None:
     """Cut a log back to the steps up to `step`, so that a resumed run writes each once."""
     if step == 0:
         path.unlink(missing_ok=True)
-        return
-    records = read_records(path, ["step"], repair=True)
-    with as_input_error(f"{path}: damaged, or start over with --fresh", TypeError):
-        kept = [record for record in records if record["step"] <= step]
-    if len(kept) < len(records):
+    elif path.is_file():
+        records = read_records(path, ["step"])
+        with as_input_error(f"{path}: damaged, or start over with --fresh", TypeError):
+            kept = [record for record in records if record["step"] <= step]
         write_samples(path, kept)
 
 
 @contextmanager
 def lock_output(out: str | Path) -> Iterator[None]:
-    """Hold an output file or folder for this process alone, by a lock on .NAME.lock beside it. The
-    file stays; the lock ends with the process. InputError if another process has it."""
+    """Hold an output file or folder for this process alone, by a lock on .NAME.lock beside it,
+    which ends with the process. InputError if another process has it."""
     import fcntl  # not on Windows
 
     out = Path(out).resolve()
-    path = out.with_name(f".{out.name}.lock")
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
-    with file:
-        try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_name(f".{out.name}.lock"), "ab") as file:
+        advice = "another run is writing to it; wait, or choose another --out"
+        with as_input_error(f"{out}: {advice}", BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            advice = "wait, or choose another --out"
-            raise InputError(f"{out}: another run is writing to it; {advice}") from error
         yield
 
 
@@ -616,20 +578,6 @@ def is_sealed(path: Path) -> bool:
         return False  # one of the two is missing, or cannot be read
 
 
-def weights_digest(path: Path) -> str:
-    """A digest of a weight file that takes a fraction of a second for gigabytes: of its size, its
-    first MB (the header of safetensors) and 256 evenly spaced samples of 4 KB. It tells apart
-    trained, converted and cut files; a change of a few single numbers it can miss."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    digest.update(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(2**20))
-        for i in range(256):
-            file.seek(max(0, size - 4096) * i // 255)
-            digest.update(file.read(4096))
-    return digest.hexdigest()
-
-
 def image_stamp(sample: Sample) -> list[int] | None:
     """Size and time of change (nanoseconds) of a sample's image, in place of its content."""
     if sample.image is None:
@@ -638,19 +586,16 @@ def image_stamp(sample: Sample) -> list[int] | None:
     return [found.st_size, found.st_mtime_ns]
 
 
-MODEL_FILES = (
-    "config.json tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
-    "preprocessor_config.json processor_config.json instruction.txt"
-).split()
-
-
 def model_digests(model: str) -> dict[str, str]:
-    """What a checkpoint directory or hub id computes with, by content: {file name: digest}."""
+    """{name: digest} of the files that a checkpoint directory or hub id computes with. It takes
+    seconds for gigabytes of weights."""
     folder = locate(model)
-    files = [folder / name for name in MODEL_FILES]
-    digests = {path.name: content_digest(path) for path in files if path.is_file()}
-    weights = sorted(folder.glob("*.safetensors"))
-    return digests | {path.name: weights_digest(path) for path in weights}
+    names = (
+        "config.json tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
+        "preprocessor_config.json processor_config.json instruction.txt"
+    ).split()
+    files = [folder / name for name in names] + sorted(folder.glob("*.safetensors"))
+    return {path.name: content_digest(path) for path in files if path.is_file()}
 
 
 def inputs_digest(
@@ -659,18 +604,18 @@ def inputs_digest(
     """{input: digest} of all that a stage reads: the model's files, data files, the instruction
     file, and the images of the samples (by size and time)."""
     digests = {f"{model}/{name}": digest for name, digest in model_digests(model).items()}
-    digests |= {path: content_digest(path) for path in files}
-    if instruction:
-        digests[instruction] = content_digest(instruction)
-    stamps = sorted({(str(s.image_path), *image_stamp(s)) for s in samples if s.image is not None})
+    digests |= {path: content_digest(path) for path in [*files, instruction] if path}
+    with_images = [sample for sample in samples if sample.image is not None]
+    stamps = sorted({(str(sample.image_path), *image_stamp(sample)) for sample in with_images})
     if stamps:
         digests["images"] = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     return digests
 
 
-def changed_inputs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changed_inputs(before: dict, now: dict) -> list[str]:
     """The names of the inputs that are not what they were, sorted."""
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    names = before.keys() | now.keys()
+    return sorted(name for name in names if before.get(name) != now.get(name))
 
 
 def read_text(path: str | Path) -> str:
@@ -679,10 +624,9 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text("utf-8")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict:
     """The JSON object in a file. OSError if it cannot be read, InputError if it holds none."""
-    problems = (json.JSONDecodeError, RecursionError, TypeError)
-    with as_input_error(f"{path}: holds no JSON object", *problems):
+    with as_input_error(f"{path}: holds no JSON object", ValueError, RecursionError, TypeError):
         return {**json.loads(read_text(path))}
 
 
@@ -707,7 +651,7 @@ class Row:
     segments: tuple[Segment, ...]  # they tile the row in order
     supervised: Tensor  # [T] bool: the tokens that the loss is taken over
     pixels: Tensor  # [P, 1176] float32; [0, 1176] without an image
-    grids: tuple[tuple[int, int, int], ...] = ()  # (time, height, width) of images, in patches
+    grids: tuple[Grid, ...] = ()  # of its images
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -735,48 +679,44 @@ class Row:
         """A prompt row [T] and G completions (token ids, with the stop token) -> one row [T + their
         lengths]. Each completion is a supervised segment over the prompt, and its positions go on
         from the prompt's last position."""
-        ids, positions, next_position = [self.ids], [self.positions], self.positions.max() + 1
-        segments, length = list(self.segments), len(self)
-        if len(segments) != 1 or not all(completions):
-            raise ValueError(
-                "extend needs a row of one segment, and completions that are not empty"
-            )
+        if len(self.segments) != 1 or not all(completions):
+            raise ValueError("extend needs one segment, and completions that are not empty")
+        next_position, no_pixels = self.positions.max() + 1, self.pixels[:0]
+        rows = [replace(self, supervised=torch.zeros_like(self.supervised), pixels=no_pixels)]
         for completion in completions:
-            segments.append(Segment(length, len(completion), 0))
-            length += len(completion)
-            ids.append(torch.tensor(completion))
-            positions.append(torch.arange(len(completion)).expand(3, -1) + next_position)
-        return replace(
-            self,
-            ids=torch.cat(ids),
-            positions=torch.cat(positions, 1),
-            segments=tuple(segments),
-            supervised=torch.arange(length) >= len(self),
-        )
+            ids = torch.tensor(completion)
+            positions = torch.arange(len(ids)).expand(3, -1) + next_position
+            segments = (Segment(0, len(ids)),)
+            supervised = torch.ones_like(ids, dtype=torch.bool)
+            rows.append(Row(ids, positions, segments, supervised, no_pixels))
+        row = Row.join(*rows)
+        prompt, *others = row.segments
+        segments = (prompt, *(segment._replace(prefix=0) for segment in others))
+        return replace(row, segments=segments, pixels=self.pixels)
 
 
 def pack(rows: Sequence[Sized], budget: int) -> list[list[int]]:
     """Best fit, longest first: bins of indices into `rows` with at most `budget` tokens each.
     A row longer than the budget gets a bin of its own; nothing is cut or dropped."""
-    bins = []  # indices into rows
-    free = []  # (tokens left, bin) of every bin, sorted
-    for index in sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True):
+    bins, free = [], []  # the indices in each bin, and the tokens it has room for
+    longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    for index in longest_first:
         length = len(rows[index])
-        best = bisect_left(free, (length, -1))  # the fullest bin that has room
-        if best < len(free):
-            tokens_left, bin = free.pop(best)
-        else:
-            tokens_left, bin = budget, len(bins)
+        fitting = [bin for bin in range(len(bins)) if free[bin] >= length]
+        if not fitting:
+            fitting = [len(bins)]
             bins.append([])
-        bins[bin].append(index)
-        insort(free, (tokens_left - length, bin))
+            free.append(budget)
+        fullest = min(fitting, key=free.__getitem__)
+        bins[fullest].append(index)
+        free[fullest] -= length
     return sorted(sorted(indices) for indices in bins)
 
 
-def prefetch(make: Callable[[Any], Any], items: Iterable, workers: int | None = None) -> Iterator:
+def prefetch(make: Callable, items: Iterable, workers: int | None = None) -> Iterator:
     """make(item) of every item, in order, computed by threads while the caller is busy: decoding an
-    image releases the GIL. workers: number of threads, by default this process's share of the
-    cores. At most two results for each thread wait to be taken."""
+    image releases the GIL. By default the threads are this process's share of the cores; at most
+    two results for each wait to be taken."""
     items = iter(items)
     if workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -790,40 +730,26 @@ def prefetch(make: Callable[[Any], Any], items: Iterable, workers: int | None = 
 
 
 def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -> tqdm:
-    """A progress bar, removed when it is closed, if stderr is a terminal or FORCE_PROGRESS is 1.
-
-    items: what to iterate over; None for a bar that moves by its update(). show: whether this
-    process shows the bar; of several ranks only rank 0 does.
-    """
-    disable = None  # which to tqdm means: if stderr is not a terminal
-    if not show:
-        disable = True
-    elif os.environ.get("FORCE_PROGRESS") == "1":
-        disable = False
-    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=disable)
+    """A progress bar over items (None: it moves by its update()), removed when it is closed. It is
+    shown if `show`, and stderr is a terminal or FORCE_PROGRESS is set."""
+    is_shown = show and (sys.stderr.isatty() or "FORCE_PROGRESS" in os.environ)
+    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=not is_shown)
 
 
 # ---- images
 
 
-@contextmanager
-def image_header(path: Path) -> Iterator[Image.Image]:
-    """An image file of which only the header has been read. InputError, naming it, if the block
-    fails, and for other formats than FORMATS (EPS would start Ghostscript), sides over 200:1,
-    decompression bombs and float pixels."""
+def open_image(path: Path) -> Image.Image:
+    """An image file as 8-bit RGB: its first frame, turned as EXIF says, with transparency on white;
+    16-bit grey is scaled to 8 bits. InputError, naming the file, if it cannot be decoded, and for
+    other formats than FORMATS (EPS would start Ghostscript), sides over 200:1, decompression bombs
+    and float pixels."""
     with as_input_error(f"image {path} cannot be used", *DAMAGED), Image.open(path) as image:
         if image.format not in FORMATS or image.mode == "F":
             raise ValueError(f"format {image.format} with pixels of mode {image.mode}")
         too_many_pixels = image.width * image.height > Image.MAX_IMAGE_PIXELS
         if too_many_pixels or max(image.size) > 200 * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels")
-        yield image
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file as 8-bit RGB: its first frame, turned as EXIF says, with transparency on white;
-    16-bit grey is scaled to 8 bits. InputError, naming the file, if it cannot be decoded."""
-    with image_header(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             grey = np.asarray(image).clip(0, 65535) / 257
@@ -850,10 +776,9 @@ class Encoder:
     """The one path from a sample to tensors.
 
     model: a checkpoint directory or hub id. instruction: a file with another system message.
-    min_pixels, max_pixels: bounds for the area of an image after scaling. They override the
-    checkpoint's own, which `write` leaves in its folder, so that they travel with it. InputError if
-    the tokenizer or the settings are unusable, OSError for a missing file of settings,
-    CheckpointError if there is no such model.
+    min_pixels, max_pixels: bounds for the area of an image after scaling, in place of the
+    checkpoint's. `write` leaves all these in a checkpoint. InputError if the tokenizer or the
+    settings are unusable, OSError for a missing file, CheckpointError if there is no such model.
     """
 
     def __init__(
@@ -897,12 +822,8 @@ class Encoder:
             raise InputError(f"{folder}: {size} tokens in its tokenizer, vocab_size is {room}")
 
     def _load_image_settings(self, folder: Path, config: ModelConfig, given: dict) -> None:
-        """Set the sides of patches and merge blocks, the bounds of an image's area, and mean and
-        deviation of its colours [3, 1].
-
-        given: min_pixels and max_pixels, or None for the checkpoint's. InputError if they are
-        unusable, or the sides are not those of the model.
-        """
+        """Set the sides of patches and merge blocks, the bounds of an image's area (`given`, or the
+        checkpoint's where that is None), and mean and deviation of its colours [3, 1]."""
         if (folder / "preprocessor_config.json").is_file():
             settings = read_json(folder / "preprocessor_config.json")
         else:  # transformers 5 saves them inside another file
@@ -923,11 +844,12 @@ class Encoder:
             self.max_pixels = int(known.get("max_pixels", known["longest_edge"]))
             self.mean = np.array(settings["image_mean"], np.float32).reshape(3, 1)
             self.std = np.array(settings["image_std"], np.float32).reshape(3, 1)
-            if not (np.isfinite([self.mean, self.std]).all() and (self.std > 0).all()):
+            is_finite = np.isfinite([self.mean, self.std]).all()
+            if not is_finite or (self.std <= 0).any():
                 raise ValueError("not finite, or a deviation that is not above 0")
-        if not 0 < self.min_pixels <= self.max_pixels:
-            bounds = f"min_pixels {self.min_pixels}, max_pixels {self.max_pixels}"
-            raise InputError(f"{bounds}: the first must be positive, and at most the second")
+            if not 0 < self.min_pixels <= self.max_pixels:
+                bounds = f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}"
+                raise ValueError(f"{bounds}; the first is above 0, and at most the second")
 
     def write(self, folder: str | Path) -> None:
         """Leave the instruction and the pixel bounds in a checkpoint directory."""
@@ -946,17 +868,15 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, without stop and other special tokens."""
+        ids = [id for id in ids if id not in self.stop_ids]
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode([id for id in ids if id not in self.stop_ids], **how)
+        return self.tokenizer.decode(ids, **how)
 
-    def image(self, path: Path) -> tuple[Tensor, tuple[int, int, int]]:
+    def image(self, path: Path) -> tuple[Tensor, Grid]:
         """An image file -> normalised patches [P, 3 * temporal_patch_size * patch_size^2] float32,
-        and its grid (1, height, width) in patches, with P = height * width.
-
-        The patches of a merge block are contiguous, and each holds the image once for every frame
-        of a temporal patch. Equal to transformers' Qwen2VLImageProcessorPil: bicubic on 8 bits,
-        1/255, mean and deviation.
-        """
+        and its grid (1, height, width) in patches, with P = height * width. The patches of a merge
+        block are contiguous, and each holds the image once for every frame of a temporal patch.
+        Equal to transformers' Qwen2VLImageProcessorPil."""
         image, patch, merge = open_image(path), self.patch_size, self.merge_size
         grid = self._grid(image)
         _, height, width = grid
@@ -972,7 +892,7 @@ class Encoder:
         patches = patches.repeat(self.temporal_patch_size, axis=1)
         return torch.from_numpy(patches.reshape(height * width, -1)), grid
 
-    def _grid(self, image: Image.Image) -> tuple[int, int, int]:
+    def _grid(self, image: Image.Image) -> Grid:
         """The grid of an image, scaled to whole merge blocks and an area within the bounds."""
         area, block = image.height * image.width, self.patch_size * self.merge_size
         rows, columns = round(image.height / block), round(image.width / block)
@@ -988,7 +908,8 @@ class Encoder:
 
     def prompt(self, sample: Sample) -> Row:
         """One segment, up to the end of the assistant's header. InputError with the id."""
-        pixels, grid = torch.zeros(0, 3 * self.temporal_patch_size * self.patch_size**2), None
+        grid = None
+        pixels = torch.zeros(0, 3 * self.temporal_patch_size * self.patch_size**2)
         if sample.image is not None:
             with as_input_error(f"sample {sample.id}", InputError):
                 pixels, grid = self.image(sample.image_path)
@@ -999,15 +920,6 @@ class Encoder:
         positions = self._positions(ids, grid)
         return Row(torch.tensor(ids), positions, segments, supervised, pixels, grids)
 
-    def length(self, sample: Sample) -> int:
-        """Number of tokens of prompt(sample), by its image's header. InputError with the id."""
-        if sample.image is None:
-            return len(self._prompt_ids(sample))
-        with as_input_error(f"sample {sample.id}", InputError):
-            with image_header(sample.image_path) as image:
-                grid = self._grid(image)  # EXIF may swap its sides: their product is the same
-        return len(self._prompt_ids(sample, grid))
-
     def example(self, sample: Sample) -> Row:
         """The prompt, then target and <|im_end|>, supervised (Eq. 3). InputError with the id."""
         target = self._encode(self.target_text(sample)) + [self.control["im_end"]]
@@ -1017,16 +929,13 @@ class Encoder:
     @staticmethod
     def target_text(sample: Sample) -> str:
         """What the guard should answer. InputError if reasoning or a label is missing or unfit."""
-        if not sample.is_complete:
-            need = "training needs reasoning (data.py synthesize) and labels"
-            raise InputError(f"sample {sample.id}: {need}")
         target = TARGET.format(sample.reasoning, sample.request_label, sample.response_label)
-        if not reward.parse(target).format_ok:
-            problem = f"the reasoning is blank or holds one of {reward.TAGS}"
-            raise InputError(f"sample {sample.id}: {problem}")
+        if not (sample.is_complete and reward.parse(target).format_ok):
+            need = f"reasoning (data.py synthesize), not blank and without {reward.TAGS}"
+            raise InputError(f"sample {sample.id}: training needs {need}, and labels")
         return target
 
-    def _prompt_ids(self, sample: Sample, grid: tuple[int, int, int] | None = None) -> list[int]:
+    def _prompt_ids(self, sample: Sample, grid: Grid | None) -> list[int]:
         """As the chat template: control tokens by id, the text between them in one piece."""
         start, end = self.control["im_start"], self.control["im_end"]
         before_image, *after_image = user_text(sample)
@@ -1041,7 +950,7 @@ class Encoder:
             ids += self._encode(part) if isinstance(part, str) else [part]
         return ids
 
-    def _positions(self, ids: list[int], grid: tuple[int, int, int] | None) -> Tensor:
+    def _positions(self, ids: list[int], grid: Grid | None) -> Tensor:
         """M-RoPE positions [3, T]. Text counts up on all three axes; the tokens of an image share
         one time and spread over the merged grid; the text after it goes on from the longer side."""
         if grid is None:
@@ -1052,7 +961,8 @@ class Encoder:
         before = torch.arange(first)
         cells = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
         after = torch.arange(len(ids) - first - rows * columns) + first + max(rows, columns)
-        return torch.cat([before.repeat(3, 1), cells.T + first, after.repeat(3, 1)], 1)
+        parts = [before.repeat(3, 1), cells.T + first, after.repeat(3, 1)]
+        return torch.cat(parts, 1)
 
 
 # ---- the released formats

@@ -393,7 +393,8 @@ def filter_prompts(samples: list[Sample], encoder, cfg: Config, ranks: Ranks) ->
     """The samples with a label and a prompt within the limit; the rest are counted on screen."""
     kept = [s for s in samples if s.request_label or s.response_label]
     mine = range(ranks.rank, len(kept), ranks.world)
-    fitting = ranks.gather([i for i in mine if encoder.length(kept[i]) <= cfg.max_prompt_tokens])
+    rows = prefetch(encoder.prompt, (kept[i] for i in mine))
+    fitting = ranks.gather([i for i, row in zip(mine, rows) if len(row) <= cfg.max_prompt_tokens])
     short = [kept[i] for i in sorted(fitting)]
     if ranks.rank == 0:
         left_out = f"{len(samples) - len(kept)} unlabelled, {len(kept) - len(short)} too long"

@@ -121,7 +121,7 @@ def test_only_id_source_and_request_are_needed(tmp_path):
 
 def rejected_by(stage, path):
     """What a stage has listed as rejected of a file; [] without such a list."""
-    listed = data.rejected_path(path, stage)
+    listed = Path(f"{path}.rejected-by-{stage}")
     return list(map(json.loads, listed.read_text().splitlines())) if listed.exists() else []
 
 
@@ -172,7 +172,7 @@ def test_bad_rows_are_named(tmp_path, row, message):
     assert message in str(error.value) and "\n" not in str(error.value)
     if isinstance(row, dict) and row.get("id") == "a":
         assert ":3: 'a': " in str(error.value)
-    assert not data.rejected_path(path, "skip-bad").exists()
+    assert not Path(f"{path}.rejected-by-skip-bad").exists()
 
 
 def test_skip_bad(tmp_path, capsys):
@@ -456,24 +456,6 @@ def test_modes_equal_transformers(published, reference, tmp_path, mode, suffix):
     assert_equal_to(reference, encoder.image(path), path, 3136, 12845056)
 
 
-def test_lengths_from_headers_are_those_of_prompts(encoder, tmp_path):
-    rng, samples = (
-        np.random.default_rng(0),
-        [Sample("t", "x", "One two", response="Three <|im_end|>")],
-    )
-    for i in range(40):
-        size, turn = rng.integers(1, 400, 2).clip(20), 1 + i % 8
-        exif = Image.Exif()
-        exif[0x0112] = turn  # orientation
-        Image.new("RGB", tuple(int(n) for n in size), "red").save(tmp_path / f"{i}.jpg", exif=exif)
-        samples.append(
-            Sample(str(i), "x", "" if i % 2 else "What is it?", image=f"{i}.jpg", folder=tmp_path)
-        )
-    assert [encoder.length(s) for s in samples] == [
-        len(row) for row in prefetch(encoder.prompt, samples)
-    ]
-
-
 def test_ahead_keeps_the_order_and_its_distance():
     begun = []
     for i, item in enumerate(prefetch(lambda n: begun.append(n) or -n, range(20), workers=2)):
@@ -542,9 +524,8 @@ def test_images_that_are_refused(encoder, tmp_path, name):
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
     picture(tmp_path / "long.png", (2, 401))
     (tmp_path / "folder").mkdir()
-    for make in (encoder.prompt, encoder.length):
-        with pytest.raises(InputError, match=f"sample s1: image .*{name} cannot be used: "):
-            make(sample(tmp_path, image=name))
+    with pytest.raises(InputError, match=f"sample s1: image .*{name} cannot be used: "):
+        encoder.prompt(sample(tmp_path, image=name))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

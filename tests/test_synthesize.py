@@ -234,7 +234,7 @@ def read(path):
 
 def written(folder):
     out = folder / "out" / "train.jsonl"
-    return read(out), read(data.rejected_path(out, "synthesize"))
+    return read(out), read(out.with_name("train.jsonl.rejected-by-synthesize"))
 
 
 def seeded_faults(seed, rate):
@@ -612,8 +612,9 @@ def test_rows_are_added_to_a_file_that_holds_others(tmp_path):
 )
 def test_the_range_of_flags(flag):
     name, value = flag.split("=")
-    with pytest.raises(InputError, match=f"--{name}: {value} is not a number from "):
-        data.Parser(SynthesizeConfig).parse_args(["--input=a", "--out=b", f"--{flag}"])
+    flags = data.Parser(SynthesizeConfig).parse_args(["--input=a", "--out=b", f"--{flag}"])
+    with pytest.raises(InputError, match=rf"--{name}: {value}\S* is not a number from "):
+        data.check_numbers(SynthesizeConfig(**vars(flags)))
 
 
 def test_wrong_use(tmp_path, monkeypatch):
