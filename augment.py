@@ -144,7 +144,7 @@ def join_texts(*texts: str | None) -> str | None:
     if not present:
         return None
     joined = " ".join(text.strip() for text in present if text.strip())
-    return joined if joined else max(present)  # a response of spaces may not become empty
+    return joined if joined else max(present)  # spaces, if any is not empty: "" is no response
 
 
 def merge_images(first: Image.Image, second: Image.Image) -> Image.Image:

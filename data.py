@@ -3,6 +3,9 @@
 In: JSON Lines (`Sample`), the released files (`convert`), or labelled samples that lack reasoning
 (`synthesize`). Out: `Row`, which every forward pass runs on; what is supervised is Eq. (3).
 
+First the method: samples, rows, images, the encoder. Then what all stages share, files and the
+command line. Then the two commands.
+
 Deviations from the release: the instruction is the system message everywhere; a row without an
 image has none (no white picture); no text can become a control token; one parser (reward.py) reads
 every label. As released, request and response are one text, in which a request can imitate a
@@ -82,155 +85,6 @@ def as_input_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise InputError(f"{what}: {str(error) or repr(error)}") from error
-
-
-@contextmanager
-def saving_memory(advice: str) -> Iterator[None]:
-    """Raise an out-of-memory error of the device again as an InputError that gives advice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(" If reserved")[0]  # where torch turns to its own settings
-        raise InputError(f"out of memory: try {advice} ({reason})") from error
-
-
-def halved(flag: str, value: int, least: int = 1) -> str:
-    """The advice to halve a flag's value, but not below `least`; "" if it cannot be smaller."""
-    return f"{flag} {max(value // 2, least)} (now {value})" if value > least else ""
-
-
-# ---- command line
-
-
-def option(default: Any = MISSING, help: str = "", group: str | None = None) -> Any:
-    """A field of a config dataclass that becomes a flag; without a default the flag is required.
-    group: a heading of --help, which begins with this flag."""
-    if default is not False and default not in (MISSING, None, []):
-        shown = " ".join(default) if isinstance(default, list) else default
-        help += f" (default: {shown})"
-    metadata = {"help": help.replace("%", "%%"), "group": group}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-# The least and the most of flags that are narrower than their type, in every stage that has them.
-LIMITS = {
-    "temperature": (1e-3, 100.0),  # or 0; divided by less than that, logits are infinite
-    "top_p": (0.0, 1.0),
-    "lr": (0.0, 1.0),
-    "weight_decay": (0.0, 1.0),
-    "floor": (1e-4, 1.0),  # rewards are divided by its square
-    "concurrency": (1, 500),
-    "attempts": (1, 100),
-    "timeout": (0.1, 86400.0),
-}
-
-
-def check_numbers(cfg: Any) -> None:
-    """InputError for a number that is not within its LIMITS or, where it has none, from 0 to
-    2^32 - 1; an int is then at least 1, unless its default is 0."""
-    for entry in fields(cfg):
-        value = getattr(cfg, entry.name)
-        is_greedy = entry.name == "temperature" and value == 0
-        if type(value) not in (int, float) or is_greedy:
-            continue
-        smallest = 1 if type(value) is int and entry.default != 0 else 0
-        least, most = LIMITS.get(entry.name, (smallest, 2**32 - 1))
-        if not least <= value <= most:
-            flag = entry.name.replace("_", "-")
-            raise InputError(f"argument --{flag}: {value} is not a number from {least} to {most}")
-
-
-class Parser(HfArgumentParser):
-    """Flags from a config dataclass, with dashes or underscores. A wrong one is an InputError."""
-
-    def __init__(self, config: type | list, usage: str = "%(prog)s [flags]", **how):
-        self.heading = None
-        how["formatter_class"] = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
-        super().__init__(config, allow_abbrev=False, usage=usage, **how)
-
-    def add_argument(self, *names: str, group: str | None = None, **how) -> None:
-        """One flag, as HfArgumentParser derives it from a field; `group` is from `option`."""
-        kind = how.get("type")
-        if "choices" not in how and kind is not None:
-            how["metavar"] = {int: "INT", float: "FLOAT", str: "TEXT"}.get(kind, "BOOL")
-        if how.get("action") == "store_false":
-            how["help"] = "switches that off"
-        if how.get("nargs") == "+":
-            how["nargs"] = "*"  # a list may be empty
-        if group:
-            self.heading = self.add_argument_group(group)
-        add = self.heading.add_argument if self.heading else super().add_argument
-        *other_spellings, dashed = names
-        add(dashed, **how)
-        for name in other_spellings:
-            add(name, **how | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS})
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
-
-
-def end_process(code: int, message: str) -> NoReturn:
-    """Print a message on stderr, and end with an exit code. One of several ranks does not close its
-    process group, which could wait for ranks that wait for this one; torchrun then ends the others:
-    SIGTERM, and after 30 seconds SIGKILL."""
-    if not torch.distributed.is_initialized():
-        print(message, end="", file=sys.stderr)
-        sys.exit(code)
-    try:
-        print(message, end="", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    finally:  # also if nobody reads what is printed any more
-        os._exit(code)
-
-
-def has_lost_another(error: Exception) -> bool:
-    """Whether a rank fails because its connection to another one, which has ended, is lost."""
-    message = str(error)
-    lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
-    lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
-    return lost_in_gloo or lost_the_store or "ncclRemoteError" in message
-
-
-def read_flags(config: type | dict, main: Callable | None) -> tuple[Any, Callable]:
-    """The config that the command line describes, and the function to run with it."""
-    description = sys.modules["__main__"].__doc__
-    if not isinstance(config, dict):
-        return config(**vars(Parser(config, description=description).parse_args())), main
-    parser = Parser([], "%(prog)s COMMAND [flags]", description=description)
-    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
-    for name, (subconfig, function) in config.items():
-        commands.add_parser(name, config=subconfig, description=function.__doc__)
-    flags = vars(parser.parse_args())
-    config, main = config[flags.pop("command")]
-    return config(**flags), main
-
-
-def cli(config: type | dict, main: Callable | None = None) -> None:
-    """Run main with the flags of a config dataclass; or, of {subcommand: (dataclass, function)},
-    the function that the command line names. InputError, CheckpointError and OSError give one line
-    on stderr and status 2, like wrong flags; Ctrl-C 130. With several ranks the line names the
-    rank, and any error ends the process at once."""
-    try:
-        cfg, main = read_flags(config, main)
-        check_numbers(cfg)
-        with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
-            main(cfg)
-    except KeyboardInterrupt:
-        end_process(130, "")
-    except Exception as error:  # of any kind: one rank that fails has to end all
-        several = torch.distributed.is_initialized()
-        rank = f"rank {torch.distributed.get_rank()}:" if several else ""
-        if isinstance(error, (InputError, CheckpointError, OSError)):
-            line = " ".join(f"error: {rank} {error}".split())
-            end_process(2, f"{line}\n")
-        if not several:
-            raise
-        if has_lost_another(error):
-            time.sleep(2)  # as torchrun's report names the rank that ended first as the cause
-            end_process(1, f"error: {rank} another rank has ended; its message says why\n")
-        end_process(1, f"{rank}\n{traceback.format_exc()}")
 
 
 # ---- samples
@@ -429,6 +283,343 @@ def write_rejected(path: str | Path, stage: str, rows: list[dict]) -> Path:
     else:
         listed.unlink(missing_ok=True)
     return listed
+
+
+# ---- rows
+
+
+class Segment(NamedTuple):
+    """A run of tokens of a row, causal within itself; it sees all of segment `prefix`, if any."""
+
+    start: int
+    length: int
+    prefix: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Everything one forward pass needs, without batch dimension or padding (T tokens, P patches).
+    It lies on the CPU; the model moves what it needs to its device."""
+
+    ids: Tensor  # [T] int64
+    positions: Tensor  # [3, T] int64, M-RoPE: time, height, width
+    segments: tuple[Segment, ...]  # they tile the row in order
+    supervised: Tensor  # [T] bool: the tokens that the loss is taken over
+    pixels: Tensor  # [P, 1176] float32; [0, 1176] without an image
+    grids: tuple[Grid, ...] = ()  # of its images
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def join(self, *others: "Row") -> "Row":
+        """Rows side by side in one: row.join(other) or Row.join(*rows). Segments keep their prefixes,
+        and see nothing of other rows."""
+        rows, segments, tokens_before = (self, *others), [], 0
+        for row in rows:
+            segments_before = len(segments)
+            for start, length, prefix in row.segments:
+                if prefix is not None:
+                    prefix += segments_before
+                segments.append(Segment(tokens_before + start, length, prefix))
+            tokens_before += len(row)
+        return Row(
+            torch.cat([row.ids for row in rows]),
+            torch.cat([row.positions for row in rows], 1),
+            tuple(segments),
+            torch.cat([row.supervised for row in rows]),
+            torch.cat([row.pixels for row in rows]),
+            tuple(grid for row in rows for grid in row.grids),
+        )
+
+    def extend(self, completions: Sequence[Sequence[int]]) -> "Row":
+        """A prompt row [T] and G completions (token ids, with the stop token) -> one row [T + their
+        lengths]. Each completion is a supervised segment over the prompt, and its positions go on
+        from the prompt's last position."""
+        if len(self.segments) != 1 or not all(completions):
+            raise ValueError("extend needs one segment, and completions that are not empty")
+        next_position, no_pixels = self.positions.max() + 1, self.pixels[:0]
+        rows = [replace(self, supervised=torch.zeros_like(self.supervised), pixels=no_pixels)]
+        for completion in completions:
+            ids = torch.tensor(completion)
+            positions = torch.arange(len(ids)).expand(3, -1) + next_position
+            segments = (Segment(0, len(ids)),)
+            supervised = torch.ones_like(ids, dtype=torch.bool)
+            rows.append(Row(ids, positions, segments, supervised, no_pixels))
+        row = Row.join(*rows)
+        prompt, *others = row.segments
+        segments = (prompt, *(segment._replace(prefix=0) for segment in others))
+        return replace(row, segments=segments, pixels=self.pixels)
+
+
+def pack(rows: Sequence[Sized], budget: int) -> list[list[int]]:
+    """Best fit, longest first: bins of indices into `rows` with at most `budget` tokens each.
+    A row longer than the budget gets a bin of its own; nothing is cut or dropped."""
+    bins, free = [], []  # the indices in each bin, and the tokens it has room for
+    longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    for index in longest_first:
+        length = len(rows[index])
+        fitting = [bin for bin in range(len(bins)) if free[bin] >= length]
+        if not fitting:
+            fitting = [len(bins)]
+            bins.append([])
+            free.append(budget)
+        fullest = min(fitting, key=free.__getitem__)
+        bins[fullest].append(index)
+        free[fullest] -= length
+    return sorted(sorted(indices) for indices in bins)
+
+
+def prefetch(make: Callable, items: Iterable, workers: int | None = None) -> Iterator:
+    """make(item) of every item, in order, computed by threads while the caller is busy: decoding an
+    image releases the GIL. By default the threads are this process's share of the cores; at most
+    two results for each wait to be taken."""
+    items = iter(items)
+    if workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(1, (os.cpu_count() or 1) // processes)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque(pool.submit(make, item) for item in islice(items, 2 * workers))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(make, item) for item in islice(items, 1))
+            yield result
+
+
+def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -> tqdm:
+    """A progress bar over items (None: it moves by its update()), removed when it is closed. It is
+    shown if `show`, and stderr is a terminal or FORCE_PROGRESS is set."""
+    is_shown = show and (sys.stderr.isatty() or "FORCE_PROGRESS" in os.environ)
+    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=not is_shown)
+
+
+# ---- images
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as 8-bit RGB: its first frame, turned as EXIF says, with transparency on white;
+    16-bit grey is scaled to 8 bits. InputError, naming the file, if it cannot be decoded, and for
+    other formats than FORMATS (EPS would start Ghostscript), sides over 200:1, decompression bombs
+    and float pixels."""
+    with as_input_error(f"image {path} cannot be used", *DAMAGED), Image.open(path) as image:
+        if image.format not in FORMATS or image.mode == "F":
+            raise ValueError(f"format {image.format} with pixels of mode {image.mode}")
+        too_many_pixels = image.width * image.height > Image.MAX_IMAGE_PIXELS
+        if too_many_pixels or max(image.size) > 200 * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(grey.round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+# ---- the encoder
+
+
+def user_text(sample: Sample) -> list[str]:
+    """The user's message, laid out as released: one text, or two with the image between them."""
+    response = "None" if sample.response is None else sample.response
+    exchange = f"{sample.request}\n\nAI assistant:\n{response}\n"
+    if sample.image is None:
+        return ["Human user:\n" + exchange]
+    return ["Human user:\n", "\n" + exchange if sample.request else exchange]
+
+
+class Encoder:
+    """The one path from a sample to tensors.
+
+    model: a checkpoint directory or hub id. instruction: a file with another system message.
+    min_pixels, max_pixels: bounds for the area of an image after scaling, in place of the
+    checkpoint's. `write` leaves all these in a checkpoint. InputError if the tokenizer or the
+    settings are unusable, OSError for a missing file, CheckpointError if there is no such model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        instruction: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ):
+        folder = locate(model)
+        config = ModelConfig.from_json(read_json(folder / "config.json"))
+        self._load_tokenizer(folder, config)
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        self._load_image_settings(folder, config, bounds)
+        if instruction is None and (folder / "instruction.txt").is_file():
+            instruction = folder / "instruction.txt"
+        self.instruction = INSTRUCTION
+        if instruction is not None:
+            self.instruction = read_text(instruction).removesuffix("\n")
+
+    def _load_tokenizer(self, folder: Path, config: ModelConfig) -> None:
+        """Set the tokenizer, its copy without added tokens, and the ids of the control tokens."""
+        # tokenizers, in Rust, raises plain Exceptions.
+        with as_input_error(f"{folder}: its tokenizer cannot be loaded", Exception):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            backend = self.tokenizer.backend_tokenizer
+        # Text is encoded by a copy without added tokens, so that no text can become one.
+        plain = json.loads(backend.to_str())
+        plain |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self._plain = Tokenizer.from_str(json.dumps(plain))
+        control = {name: backend.token_to_id(f"<|{name}|>") for name in CONTROL}
+        self.control = control
+        self.image_id = control["image_pad"]
+        self.stop_ids = [control["im_end"], control["endoftext"]]
+        self.banned_ids = (self.image_id, control["video_pad"])
+        if None in control.values() or self.image_id != config.image_token_id:
+            wanted = config.image_token_id
+            raise InputError(f"{folder}: image_token_id is {wanted}, the tokenizer has {control}")
+        size, room = len(self.tokenizer), config.vocab_size
+        if size > room:
+            raise InputError(f"{folder}: {size} tokens in its tokenizer, vocab_size is {room}")
+
+    def _load_image_settings(self, folder: Path, config: ModelConfig, given: dict) -> None:
+        """Set the sides of patches and merge blocks, the bounds of an image's area (`given`, or the
+        checkpoint's where that is None), and mean and deviation of its colours [3, 1]."""
+        if (folder / "preprocessor_config.json").is_file():
+            settings = read_json(folder / "preprocessor_config.json")
+        else:  # transformers 5 saves them inside another file
+            settings = read_json(folder / "processor_config.json").get("image_processor", {})
+        self._settings, vision = settings, config.vision
+        sides = [vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size]
+        names = ("patch_size", "merge_size", "temporal_patch_size")
+        if [settings.get(name) for name in names] != sides:
+            raise InputError(f"{folder}: {', '.join(names)} are {sides} in the model")
+        self.patch_size, self.merge_size, self.temporal_patch_size = sides
+        # Releases of transformers have put the bounds in several places. The last one here counts.
+        known = {"shortest_edge": 56**2, "longest_edge": 28**2 * 1280}
+        what = f"{folder}: size, image_mean or image_std"
+        with as_input_error(what, AttributeError, LookupError, TypeError, ValueError):
+            for bounds in (settings.get("size") or {}, settings, given):
+                known |= {key: value for key, value in bounds.items() if value is not None}
+            self.min_pixels = int(known.get("min_pixels", known["shortest_edge"]))
+            self.max_pixels = int(known.get("max_pixels", known["longest_edge"]))
+            self.mean = np.array(settings["image_mean"], np.float32).reshape(3, 1)
+            self.std = np.array(settings["image_std"], np.float32).reshape(3, 1)
+            is_finite = np.isfinite([self.mean, self.std]).all()
+            if not is_finite or (self.std <= 0).any():
+                raise ValueError("not finite, or a deviation that is not above 0")
+            if not 0 < self.min_pixels <= self.max_pixels:
+                bounds = f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}"
+                raise ValueError(f"{bounds}; the first is above 0, and at most the second")
+
+    def write(self, folder: str | Path) -> None:
+        """Leave the instruction and the pixel bounds in a checkpoint directory."""
+        bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        text = json.dumps(self._settings | bounds | {"size": size}, indent=2)
+        write_atomic(Path(folder, "preprocessor_config.json"), text + "\n")
+        write_atomic(Path(folder, "instruction.txt"), self.instruction + "\n")
+
+    def _encode(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a text."""
+        return len(self._encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a completion, without stop and other special tokens."""
+        ids = [id for id in ids if id not in self.stop_ids]
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **how)
+
+    def image(self, path: Path) -> tuple[Tensor, Grid]:
+        """An image file -> normalised patches [P, 3 * temporal_patch_size * patch_size^2] float32,
+        and its grid (1, height, width) in patches, with P = height * width. The patches of a merge
+        block are contiguous, and each holds the image once for every frame of a temporal patch.
+        Equal to transformers' Qwen2VLImageProcessorPil."""
+        image, patch, merge = open_image(path), self.patch_size, self.merge_size
+        grid = self._grid(image)
+        _, height, width = grid
+        image = image.resize((width * patch, height * patch), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image)  # [height * patch, width * patch, 3] uint8
+        pixels = pixels.reshape(height // merge, merge, patch, width // merge, merge, patch, 3)
+        # -> [block row, block column, row in block, column in block, colour, y, x]
+        patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).astype(np.float32, order="C")
+        patches = patches.reshape(height * width, 3, patch**2)
+        patches /= 255  # in float32 the same for all 256 values as the library's float64 product
+        patches -= self.mean
+        patches /= self.std
+        patches = patches.repeat(self.temporal_patch_size, axis=1)
+        return torch.from_numpy(patches.reshape(height * width, -1)), grid
+
+    def _grid(self, image: Image.Image) -> Grid:
+        """The grid of an image, scaled to whole merge blocks and an area within the bounds."""
+        area, block = image.height * image.width, self.patch_size * self.merge_size
+        rows, columns = round(image.height / block), round(image.width / block)
+        if rows * columns * block**2 > self.max_pixels:
+            shrink = math.sqrt(area / self.max_pixels)
+            rows = max(1, math.floor(image.height / shrink / block))
+            columns = max(1, math.floor(image.width / shrink / block))
+        elif rows * columns * block**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / area)
+            rows = math.ceil(image.height * grow / block)
+            columns = math.ceil(image.width * grow / block)
+        return 1, rows * self.merge_size, columns * self.merge_size
+
+    def prompt(self, sample: Sample) -> Row:
+        """One segment, up to the end of the assistant's header. InputError with the id."""
+        grid = None
+        pixels = torch.zeros(0, 3 * self.temporal_patch_size * self.patch_size**2)
+        if sample.image is not None:
+            with as_input_error(f"sample {sample.id}", InputError):
+                pixels, grid = self.image(sample.image_path)
+        ids = self._prompt_ids(sample, grid)
+        segments = (Segment(0, len(ids)),)
+        supervised = torch.zeros(len(ids), dtype=torch.bool)
+        grids = () if grid is None else (grid,)
+        positions = self._positions(ids, grid)
+        return Row(torch.tensor(ids), positions, segments, supervised, pixels, grids)
+
+    def example(self, sample: Sample) -> Row:
+        """The prompt, then target and <|im_end|>, supervised (Eq. 3). InputError with the id."""
+        target = self._encode(self.target_text(sample)) + [self.control["im_end"]]
+        row = self.prompt(sample).extend([target])
+        return replace(row, segments=(Segment(0, len(row)),))  # the same mask, in one piece
+
+    @staticmethod
+    def target_text(sample: Sample) -> str:
+        """What the guard should answer. InputError if reasoning or a label is missing or unfit."""
+        response_label = sample.response_label or "None"  # there is no response to label
+        target = TARGET.format(sample.reasoning, sample.request_label, response_label)
+        if not (sample.is_complete and reward.parse(target).format_ok):
+            need = f"reasoning (data.py synthesize), not blank and without {reward.TAGS}"
+            raise InputError(f"sample {sample.id}: training needs {need}, and labels")
+        return target
+
+    def _prompt_ids(self, sample: Sample, grid: Grid | None) -> list[int]:
+        """As the chat template: control tokens by id, the text between them in one piece."""
+        start, end = self.control["im_start"], self.control["im_end"]
+        before_image, *after_image = user_text(sample)
+        parts = [start, f"system\n{self.instruction}", end, "\n", start, "user\n" + before_image]
+        if grid is not None:
+            vision_start, vision_end = self.control["vision_start"], self.control["vision_end"]
+            image_tokens = [self.image_id] * (math.prod(grid) // self.merge_size**2)
+            parts += [vision_start, *image_tokens, vision_end, *after_image]
+        parts += [end, "\n", start, "assistant\n"]
+        ids = []
+        for part in parts:
+            ids += self._encode(part) if isinstance(part, str) else [part]
+        return ids
+
+    def _positions(self, ids: list[int], grid: Grid | None) -> Tensor:
+        """M-RoPE positions [3, T]. Text counts up on all three axes; the tokens of an image share
+        one time and spread over the merged grid; the text after it goes on from the longer side."""
+        if grid is None:
+            return torch.arange(len(ids)).repeat(3, 1)
+        _, height, width = grid
+        rows, columns = height // self.merge_size, width // self.merge_size
+        first = ids.index(self.image_id)
+        before = torch.arange(first)
+        cells = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
+        after = torch.arange(len(ids) - first - rows * columns) + first + max(rows, columns)
+        parts = [before.repeat(3, 1), cells.T + first, after.repeat(3, 1)]
+        return torch.cat(parts, 1)
 
 
 # ---- files
@@ -630,339 +821,153 @@ def read_json(path: str | Path) -> dict:
         return {**json.loads(read_text(path))}
 
 
-# ---- rows
+# ---- command line
 
 
-class Segment(NamedTuple):
-    """A run of tokens of a row, causal within itself; it sees all of segment `prefix`, if any."""
-
-    start: int
-    length: int
-    prefix: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """Everything one forward pass needs, without batch dimension or padding (T tokens, P patches).
-    It lies on the CPU; the model moves what it needs to its device."""
-
-    ids: Tensor  # [T] int64
-    positions: Tensor  # [3, T] int64, M-RoPE: time, height, width
-    segments: tuple[Segment, ...]  # they tile the row in order
-    supervised: Tensor  # [T] bool: the tokens that the loss is taken over
-    pixels: Tensor  # [P, 1176] float32; [0, 1176] without an image
-    grids: tuple[Grid, ...] = ()  # of its images
-
-    def __len__(self) -> int:
-        return self.ids.shape[0]
-
-    def join(self, *others: "Row") -> "Row":
-        """Rows side by side in one row; segments keep their prefixes, see nothing of each other."""
-        rows, segments, tokens_before = (self, *others), [], 0
-        for row in rows:
-            segments_before = len(segments)
-            for start, length, prefix in row.segments:
-                if prefix is not None:
-                    prefix += segments_before
-                segments.append(Segment(tokens_before + start, length, prefix))
-            tokens_before += len(row)
-        return Row(
-            torch.cat([row.ids for row in rows]),
-            torch.cat([row.positions for row in rows], 1),
-            tuple(segments),
-            torch.cat([row.supervised for row in rows]),
-            torch.cat([row.pixels for row in rows]),
-            tuple(grid for row in rows for grid in row.grids),
-        )
-
-    def extend(self, completions: Sequence[Sequence[int]]) -> "Row":
-        """A prompt row [T] and G completions (token ids, with the stop token) -> one row [T + their
-        lengths]. Each completion is a supervised segment over the prompt, and its positions go on
-        from the prompt's last position."""
-        if len(self.segments) != 1 or not all(completions):
-            raise ValueError("extend needs one segment, and completions that are not empty")
-        next_position, no_pixels = self.positions.max() + 1, self.pixels[:0]
-        rows = [replace(self, supervised=torch.zeros_like(self.supervised), pixels=no_pixels)]
-        for completion in completions:
-            ids = torch.tensor(completion)
-            positions = torch.arange(len(ids)).expand(3, -1) + next_position
-            segments = (Segment(0, len(ids)),)
-            supervised = torch.ones_like(ids, dtype=torch.bool)
-            rows.append(Row(ids, positions, segments, supervised, no_pixels))
-        row = Row.join(*rows)
-        prompt, *others = row.segments
-        segments = (prompt, *(segment._replace(prefix=0) for segment in others))
-        return replace(row, segments=segments, pixels=self.pixels)
+def option(default: Any = MISSING, help: str = "", group: str | None = None) -> Any:
+    """A field of a config dataclass that becomes a flag; without a default the flag is required.
+    group: a heading of --help, which begins with this flag."""
+    if default is not False and default not in (MISSING, None, []):
+        shown = " ".join(default) if isinstance(default, list) else default
+        help += f" (default: {shown})"
+    metadata = {"help": help.replace("%", "%%"), "group": group}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def pack(rows: Sequence[Sized], budget: int) -> list[list[int]]:
-    """Best fit, longest first: bins of indices into `rows` with at most `budget` tokens each.
-    A row longer than the budget gets a bin of its own; nothing is cut or dropped."""
-    bins, free = [], []  # the indices in each bin, and the tokens it has room for
-    longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    for index in longest_first:
-        length = len(rows[index])
-        fitting = [bin for bin in range(len(bins)) if free[bin] >= length]
-        if not fitting:
-            fitting = [len(bins)]
-            bins.append([])
-            free.append(budget)
-        fullest = min(fitting, key=free.__getitem__)
-        bins[fullest].append(index)
-        free[fullest] -= length
-    return sorted(sorted(indices) for indices in bins)
+# The least and the most of flags that are narrower than their type, in every stage that has them.
+LIMITS = {
+    "temperature": (1e-3, 100.0),  # or 0; divided by less than that, logits are infinite
+    "top_p": (0.0, 1.0),
+    "lr": (0.0, 1.0),
+    "weight_decay": (0.0, 1.0),
+    "floor": (1e-4, 1.0),  # rewards are divided by its square
+    "concurrency": (1, 500),
+    "attempts": (1, 100),
+    "timeout": (0.1, 86400.0),
+}
 
 
-def prefetch(make: Callable, items: Iterable, workers: int | None = None) -> Iterator:
-    """make(item) of every item, in order, computed by threads while the caller is busy: decoding an
-    image releases the GIL. By default the threads are this process's share of the cores; at most
-    two results for each wait to be taken."""
-    items = iter(items)
-    if workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = max(1, (os.cpu_count() or 1) // processes)
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque(pool.submit(make, item) for item in islice(items, 2 * workers))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(make, item) for item in islice(items, 1))
-            yield result
+def check_numbers(cfg: Any) -> None:
+    """InputError for a number that is not within its LIMITS or, where it has none, from 0 to
+    2^32 - 1; an int is then at least 1, unless its default is 0."""
+    for entry in fields(cfg):
+        value = getattr(cfg, entry.name)
+        is_greedy = entry.name == "temperature" and value == 0
+        if type(value) not in (int, float) or is_greedy:
+            continue
+        smallest = 1 if type(value) is int and entry.default != 0 else 0
+        least, most = LIMITS.get(entry.name, (smallest, 2**32 - 1))
+        if not least <= value <= most:
+            flag = entry.name.replace("_", "-")
+            raise InputError(f"argument --{flag}: {value} is not a number from {least} to {most}")
 
 
-def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -> tqdm:
-    """A progress bar over items (None: it moves by its update()), removed when it is closed. It is
-    shown if `show`, and stderr is a terminal or FORCE_PROGRESS is set."""
-    is_shown = show and (sys.stderr.isatty() or "FORCE_PROGRESS" in os.environ)
-    return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=not is_shown)
+class Parser(HfArgumentParser):
+    """Flags from a config dataclass, with dashes or underscores. A wrong one is an InputError."""
+
+    def __init__(self, config: type | list, usage: str = "%(prog)s [flags]", **how):
+        self.heading = None
+        how["formatter_class"] = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+        super().__init__(config, allow_abbrev=False, usage=usage, **how)
+
+    def add_argument(self, *names: str, group: str | None = None, **how) -> None:
+        """One flag, as HfArgumentParser derives it from a field; `group` is from `option`."""
+        kind = how.get("type")
+        if "choices" not in how and kind is not None:
+            how["metavar"] = {int: "INT", float: "FLOAT", str: "TEXT"}.get(kind, "BOOL")
+        if how.get("action") == "store_false":
+            how["help"] = "switches that off"
+        if how.get("nargs") == "+":
+            how["nargs"] = "*"  # a list may be empty
+        if group:
+            self.heading = self.add_argument_group(group)
+        add = self.heading.add_argument if self.heading else super().add_argument
+        *other_spellings, dashed = names
+        add(dashed, **how)
+        for name in other_spellings:
+            add(name, **how | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
 
 
-# ---- images
+@contextmanager
+def saving_memory(advice: str) -> Iterator[None]:
+    """Raise an out-of-memory error of the device again as an InputError that gives advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(" If reserved")[0]  # where torch turns to its own settings
+        raise InputError(f"out of memory: try {advice} ({reason})") from error
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as 8-bit RGB: its first frame, turned as EXIF says, with transparency on white;
-    16-bit grey is scaled to 8 bits. InputError, naming the file, if it cannot be decoded, and for
-    other formats than FORMATS (EPS would start Ghostscript), sides over 200:1, decompression bombs
-    and float pixels."""
-    with as_input_error(f"image {path} cannot be used", *DAMAGED), Image.open(path) as image:
-        if image.format not in FORMATS or image.mode == "F":
-            raise ValueError(f"format {image.format} with pixels of mode {image.mode}")
-        too_many_pixels = image.width * image.height > Image.MAX_IMAGE_PIXELS
-        if too_many_pixels or max(image.size) > 200 * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            grey = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(grey.round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+def halved(flag: str, value: int, least: int = 1) -> str:
+    """The advice to halve a flag's value, but not below `least`; "" if it cannot be smaller."""
+    return f"{flag} {max(value // 2, least)} (now {value})" if value > least else ""
 
 
-# ---- the encoder
+def end_process(code: int, message: str) -> NoReturn:
+    """Print a message on stderr, and end with an exit code. One of several ranks does not close its
+    process group, which could wait for ranks that wait for this one; torchrun then ends the others:
+    SIGTERM, and after 30 seconds SIGKILL."""
+    if not torch.distributed.is_initialized():
+        print(message, end="", file=sys.stderr)
+        sys.exit(code)
+    try:
+        print(message, end="", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:  # also if nobody reads what is printed any more
+        os._exit(code)
 
 
-def user_text(sample: Sample) -> list[str]:
-    """The user's message, laid out as released: one text, or two with the image between them."""
-    # Without a response the word None stands there.
-    exchange = f"{sample.request}\n\nAI assistant:\n{sample.response}\n"
-    if sample.image is None:
-        return ["Human user:\n" + exchange]
-    return ["Human user:\n", "\n" + exchange if sample.request else exchange]
+def has_lost_another(error: Exception) -> bool:
+    """Whether a rank fails because its connection to another one, which has ended, is lost."""
+    message = str(error)
+    lost_in_gloo = "gloo/transport" in message and "Timed out" not in message
+    lost_the_store = isinstance(error, torch.distributed.DistNetworkError)
+    return lost_in_gloo or lost_the_store or "ncclRemoteError" in message
 
 
-class Encoder:
-    """The one path from a sample to tensors.
+def read_flags(config: type | dict, main: Callable | None) -> tuple[Any, Callable]:
+    """The config that the command line describes, and the function to run with it."""
+    description = sys.modules["__main__"].__doc__
+    if not isinstance(config, dict):
+        return config(**vars(Parser(config, description=description).parse_args())), main
+    parser = Parser([], "%(prog)s COMMAND [flags]", description=description)
+    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
+    for name, (subconfig, function) in config.items():
+        commands.add_parser(name, config=subconfig, description=function.__doc__)
+    flags = vars(parser.parse_args())
+    config, main = config[flags.pop("command")]
+    return config(**flags), main
 
-    model: a checkpoint directory or hub id. instruction: a file with another system message.
-    min_pixels, max_pixels: bounds for the area of an image after scaling, in place of the
-    checkpoint's. `write` leaves all these in a checkpoint. InputError if the tokenizer or the
-    settings are unusable, OSError for a missing file, CheckpointError if there is no such model.
-    """
 
-    def __init__(
-        self,
-        model: str,
-        instruction: str | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-    ):
-        folder = locate(model)
-        config = ModelConfig.from_json(read_json(folder / "config.json"))
-        self._load_tokenizer(folder, config)
-        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        self._load_image_settings(folder, config, bounds)
-        if instruction is None and (folder / "instruction.txt").is_file():
-            instruction = folder / "instruction.txt"
-        self.instruction = INSTRUCTION
-        if instruction is not None:
-            self.instruction = read_text(instruction).removesuffix("\n")
-
-    def _load_tokenizer(self, folder: Path, config: ModelConfig) -> None:
-        """Set the tokenizer, its copy without added tokens, and the ids of the control tokens."""
-        # tokenizers, in Rust, raises plain Exceptions.
-        with as_input_error(f"{folder}: its tokenizer cannot be loaded", Exception):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            backend = self.tokenizer.backend_tokenizer
-        # Text is encoded by a copy without added tokens, so that no text can become one.
-        plain = json.loads(backend.to_str())
-        plain |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._plain = Tokenizer.from_str(json.dumps(plain))
-        control = {name: backend.token_to_id(f"<|{name}|>") for name in CONTROL}
-        self.control = control
-        self.image_id = control["image_pad"]
-        self.stop_ids = [control["im_end"], control["endoftext"]]
-        self.banned_ids = (self.image_id, control["video_pad"])
-        if None in control.values() or self.image_id != config.image_token_id:
-            wanted = config.image_token_id
-            raise InputError(f"{folder}: image_token_id is {wanted}, the tokenizer has {control}")
-        size, room = len(self.tokenizer), config.vocab_size
-        if size > room:
-            raise InputError(f"{folder}: {size} tokens in its tokenizer, vocab_size is {room}")
-
-    def _load_image_settings(self, folder: Path, config: ModelConfig, given: dict) -> None:
-        """Set the sides of patches and merge blocks, the bounds of an image's area (`given`, or the
-        checkpoint's where that is None), and mean and deviation of its colours [3, 1]."""
-        if (folder / "preprocessor_config.json").is_file():
-            settings = read_json(folder / "preprocessor_config.json")
-        else:  # transformers 5 saves them inside another file
-            settings = read_json(folder / "processor_config.json").get("image_processor", {})
-        self._settings, vision = settings, config.vision
-        sides = [vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size]
-        names = ("patch_size", "merge_size", "temporal_patch_size")
-        if [settings.get(name) for name in names] != sides:
-            raise InputError(f"{folder}: {', '.join(names)} are {sides} in the model")
-        self.patch_size, self.merge_size, self.temporal_patch_size = sides
-        # Releases of transformers have put the bounds in several places. The last one here counts.
-        known = {"shortest_edge": 56**2, "longest_edge": 28**2 * 1280}
-        what = f"{folder}: size, image_mean or image_std"
-        with as_input_error(what, AttributeError, LookupError, TypeError, ValueError):
-            for bounds in (settings.get("size") or {}, settings, given):
-                known |= {key: value for key, value in bounds.items() if value is not None}
-            self.min_pixels = int(known.get("min_pixels", known["shortest_edge"]))
-            self.max_pixels = int(known.get("max_pixels", known["longest_edge"]))
-            self.mean = np.array(settings["image_mean"], np.float32).reshape(3, 1)
-            self.std = np.array(settings["image_std"], np.float32).reshape(3, 1)
-            is_finite = np.isfinite([self.mean, self.std]).all()
-            if not is_finite or (self.std <= 0).any():
-                raise ValueError("not finite, or a deviation that is not above 0")
-            if not 0 < self.min_pixels <= self.max_pixels:
-                bounds = f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}"
-                raise ValueError(f"{bounds}; the first is above 0, and at most the second")
-
-    def write(self, folder: str | Path) -> None:
-        """Leave the instruction and the pixel bounds in a checkpoint directory."""
-        bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        text = json.dumps(self._settings | bounds | {"size": size}, indent=2)
-        write_atomic(Path(folder, "preprocessor_config.json"), text + "\n")
-        write_atomic(Path(folder, "instruction.txt"), self.instruction + "\n")
-
-    def _encode(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
-
-    def count(self, text: str) -> int:
-        """Number of tokens of a text."""
-        return len(self._encode(text))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of a completion, without stop and other special tokens."""
-        ids = [id for id in ids if id not in self.stop_ids]
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(ids, **how)
-
-    def image(self, path: Path) -> tuple[Tensor, Grid]:
-        """An image file -> normalised patches [P, 3 * temporal_patch_size * patch_size^2] float32,
-        and its grid (1, height, width) in patches, with P = height * width. The patches of a merge
-        block are contiguous, and each holds the image once for every frame of a temporal patch.
-        Equal to transformers' Qwen2VLImageProcessorPil."""
-        image, patch, merge = open_image(path), self.patch_size, self.merge_size
-        grid = self._grid(image)
-        _, height, width = grid
-        image = image.resize((width * patch, height * patch), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)  # [height * patch, width * patch, 3] uint8
-        pixels = pixels.reshape(height // merge, merge, patch, width // merge, merge, patch, 3)
-        # -> [block row, block column, row in block, column in block, colour, y, x]
-        patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).astype(np.float32, order="C")
-        patches = patches.reshape(height * width, 3, patch**2)
-        patches /= 255  # in float32 the same for all 256 values as the library's float64 product
-        patches -= self.mean
-        patches /= self.std
-        patches = patches.repeat(self.temporal_patch_size, axis=1)
-        return torch.from_numpy(patches.reshape(height * width, -1)), grid
-
-    def _grid(self, image: Image.Image) -> Grid:
-        """The grid of an image, scaled to whole merge blocks and an area within the bounds."""
-        area, block = image.height * image.width, self.patch_size * self.merge_size
-        rows, columns = round(image.height / block), round(image.width / block)
-        if rows * columns * block**2 > self.max_pixels:
-            shrink = math.sqrt(area / self.max_pixels)
-            rows = max(1, math.floor(image.height / shrink / block))
-            columns = max(1, math.floor(image.width / shrink / block))
-        elif rows * columns * block**2 < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / area)
-            rows = math.ceil(image.height * grow / block)
-            columns = math.ceil(image.width * grow / block)
-        return 1, rows * self.merge_size, columns * self.merge_size
-
-    def prompt(self, sample: Sample) -> Row:
-        """One segment, up to the end of the assistant's header. InputError with the id."""
-        grid = None
-        pixels = torch.zeros(0, 3 * self.temporal_patch_size * self.patch_size**2)
-        if sample.image is not None:
-            with as_input_error(f"sample {sample.id}", InputError):
-                pixels, grid = self.image(sample.image_path)
-        ids = self._prompt_ids(sample, grid)
-        segments = (Segment(0, len(ids)),)
-        supervised = torch.zeros(len(ids), dtype=torch.bool)
-        grids = () if grid is None else (grid,)
-        positions = self._positions(ids, grid)
-        return Row(torch.tensor(ids), positions, segments, supervised, pixels, grids)
-
-    def example(self, sample: Sample) -> Row:
-        """The prompt, then target and <|im_end|>, supervised (Eq. 3). InputError with the id."""
-        target = self._encode(self.target_text(sample)) + [self.control["im_end"]]
-        row = self.prompt(sample).extend([target])
-        return replace(row, segments=(Segment(0, len(row)),))
-
-    @staticmethod
-    def target_text(sample: Sample) -> str:
-        """What the guard should answer. InputError if reasoning or a label is missing or unfit."""
-        target = TARGET.format(sample.reasoning, sample.request_label, sample.response_label)
-        if not (sample.is_complete and reward.parse(target).format_ok):
-            need = f"reasoning (data.py synthesize), not blank and without {reward.TAGS}"
-            raise InputError(f"sample {sample.id}: training needs {need}, and labels")
-        return target
-
-    def _prompt_ids(self, sample: Sample, grid: Grid | None) -> list[int]:
-        """As the chat template: control tokens by id, the text between them in one piece."""
-        start, end = self.control["im_start"], self.control["im_end"]
-        before_image, *after_image = user_text(sample)
-        parts = [start, f"system\n{self.instruction}", end, "\n", start, "user\n" + before_image]
-        if grid is not None:
-            vision_start, vision_end = self.control["vision_start"], self.control["vision_end"]
-            image_tokens = [self.image_id] * (math.prod(grid) // self.merge_size**2)
-            parts += [vision_start, *image_tokens, vision_end, *after_image]
-        parts += [end, "\n", start, "assistant\n"]
-        ids = []
-        for part in parts:
-            ids += self._encode(part) if isinstance(part, str) else [part]
-        return ids
-
-    def _positions(self, ids: list[int], grid: Grid | None) -> Tensor:
-        """M-RoPE positions [3, T]. Text counts up on all three axes; the tokens of an image share
-        one time and spread over the merged grid; the text after it goes on from the longer side."""
-        if grid is None:
-            return torch.arange(len(ids)).repeat(3, 1)
-        _, height, width = grid
-        rows, columns = height // self.merge_size, width // self.merge_size
-        first = ids.index(self.image_id)
-        before = torch.arange(first)
-        cells = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
-        after = torch.arange(len(ids) - first - rows * columns) + first + max(rows, columns)
-        parts = [before.repeat(3, 1), cells.T + first, after.repeat(3, 1)]
-        return torch.cat(parts, 1)
+def cli(config: type | dict, main: Callable | None = None) -> None:
+    """Run main with the flags of a config dataclass; or, of {subcommand: (dataclass, function)},
+    the function that the command line names. InputError, CheckpointError and OSError give one line
+    on stderr and status 2, like wrong flags; Ctrl-C 130. With several ranks the line names the
+    rank, and any error ends the process at once."""
+    try:
+        cfg, main = read_flags(config, main)
+        check_numbers(cfg)
+        with saving_memory(getattr(cfg, "to_save_memory", "smaller inputs")):
+            main(cfg)
+    except KeyboardInterrupt:
+        end_process(130, "")
+    except Exception as error:  # of any kind: one rank that fails has to end all
+        several = torch.distributed.is_initialized()
+        rank = f"rank {torch.distributed.get_rank()}:" if several else ""
+        if isinstance(error, (InputError, CheckpointError, OSError)):
+            line = " ".join(f"error: {rank} {error}".split())
+            end_process(2, f"{line}\n")
+        if not several:
+            raise
+        if has_lost_another(error):
+            time.sleep(2)  # as torchrun's report names the rank that ended first as the cause
+            end_process(1, f"error: {rank} another rank has ended; its message says why\n")
+        end_process(1, f"{rank}\n{traceback.format_exc()}")
 
 
 # ---- the released formats

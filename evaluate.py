@@ -11,7 +11,7 @@ Greedy decoding, positive class "harmful". Where this differs from the release:
 - a label comes with P(harmful), from the model's probabilities of both words, a row with AUROC.
 A benchmark is a `source`, or what it has of one modality. An "average" row is the paper's: the mean
 of its benchmarks' F1, weighted by their scored rows; its other columns count all its rows together.
-Every F1 has a 95 % interval, by resampling the rows of each benchmark.
+Every F1 of a row has a 95 % interval, by resampling the rows of each benchmark.
 
 Predictions are written as they come. The same command again goes on where a killed run stopped, on
 any number of ranks; --fresh starts over. Predictions of other weights or settings never mix: such a

@@ -5,11 +5,12 @@ Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/rollouts.
      with outputs, reward parts, advantages and clip value), DIR/checkpoints/ (the last two).
 
 No KL term and no reference model. A prompt and its G completions are one packed row: the prompt is
-encoded once in sampling and once in every update. State is weights, optimizer and step: what a step
-samples is a function of (weights, seed, step, position in the rollout batch, branch), so one
-process and many draw the same outputs, and a resumed run needs its checkpoint only. (On CUDA that
-holds in distribution: kernels choose their order of summation by shape, so last bits and then
-tokens differ.)
+encoded once in sampling and once in every update. A step is one rollout batch, updated on in
+several mini-batches. State is weights, optimizer and step: what a step samples is a function of
+(weights, seed, step, position in the rollout batch, branch: a completion while it is generated), so
+one process and many draw the same outputs, and a resumed run needs its checkpoint only. (On CUDA
+that holds in distribution: kernels sum in an order of their own, so last bits and then tokens
+differ.)
 
 Deviations: the clipped loss is min(K A, clip(K) A), as released and as usual, where the paper
 prints A outside; K is per token, as released; the loss is the mean over all tokens of the global
@@ -195,40 +196,39 @@ def policy_loss(
     loss = -torch.minimum(unclipped, clipped).sum()
     with torch.no_grad():
         is_clipped = clipped < unclipped
-        counts = advantages != 0
         metrics = {
             "clipped_high": (is_clipped & (advantages > 0)).sum().item(),
             "clipped_low": (is_clipped & (advantages < 0)).sum().item(),
-            "approx_kl": (ratio - 1 - log_ratio)[counts].sum().item(),
+            "approx_kl": (ratio - 1 - log_ratio)[advantages != 0].sum().item(),
         }
     return loss, metrics
 
 
 def rollout(
-    policy: QwenVL, encoder: Encoder, prompts: dict[int, Sample], cfg: Config, step: int, show=False
+    policy: QwenVL, encoder: Encoder, samples: dict[int, Sample], cfg: Config, step: int, show=False
 ) -> list[Group]:
-    """Sample G completions of each {position: sample}, score them, centre the rewards of a group.
+    """Generate G completions of each {position: sample}, with their rewards and advantages.
 
     show: with a progress bar, which moves by G completions when the last of a prompt is finished.
     """
-    rows = dict(zip(prompts, prefetch(encoder.prompt, prompts.values())))  # position: prompt
+    prompts = dict(zip(samples, prefetch(encoder.prompt, samples.values())))  # {position: row}
     finished = generate(
         policy,
-        rows.items(),
+        prompts.items(),
         cfg.group,
         cfg.max_new_tokens,
         cfg.temperature,
         cfg.top_p,
         stop_ids=encoder.stop_ids,
         banned=encoder.banned_ids,
-        seed=cfg.seed * 1_000_003 + step,
+        seed=cfg.seed * 1_000_003 + step,  # another one for every step of every --seed
         max_branches=cfg.max_branches,
     )
     count = encoder.count if cfg.length_unit == "tokens" else len
     groups = []
-    with progress(None, len(prompts) * cfg.group, "completions", show) as bar:
+    with progress(None, len(samples) * cfg.group, "completions", show) as bar:
         for position, completions in finished:
-            prompt, sample = rows[position], prompts[position]
+            prompt, sample = prompts[position], samples[position]
             labels = sample.request_label, sample.response_label
             outputs = [encoder.decode(completion.ids) for completion in completions]
             rewards = [  # Eq. (8) to (10)
@@ -244,11 +244,12 @@ def rollout(
 
 
 def pack_groups(groups: list[Group], pack_tokens: int) -> list[MicroBatch]:
-    """Groups as packed rows of at most pack_tokens tokens. A longer group is cut into parts, each
-    with its prompt.
+    """Groups as packed rows of at most pack_tokens tokens (or one completion over its prompt). A
+    longer group is cut into parts, each with its prompt.
 
-    A group whose rewards are all equal has no gradient and is left out (one is kept if there is
-    nothing else). Its tokens still count in the mean, so this changes the cost, not the update.
+    A group whose rewards are all equal has no gradient and is left out (but for one, if there is
+    nothing else: every rank must run something). Its tokens still count in the mean, so this
+    changes the cost, not the update.
     """
     trained = [group for group in groups if group.advantages.any()]
     parts = []
@@ -280,7 +281,9 @@ def update_policy(
         with sft.compute_in(compute, model):
             return model(row, cfg.temperature, encoder.banned_ids)
 
-    # 1. Cut the rollout batch into mini-batches of packed rows, with log P_old of Eq. (7).
+    # 1. Cut the rollout batch into mini-batches of packed rows, with log P_old of Eq. (7): before
+    # the first update, and by this forward pass, so that K is then exactly 1. (The sampler's own
+    # log-probabilities are rounded otherwise: metric logprob_diff_mean.)
     minibatches = []  # of each, the batches of this rank, and the completion tokens of all ranks
     for start in range(0, cfg.rollout_batch, cfg.update_batch):
         chosen = [g for g in groups if start <= g.position < start + cfg.update_batch]
@@ -288,6 +291,7 @@ def update_policy(
         batches = pack_groups(chosen, cfg.pack_tokens)
         with torch.no_grad():
             old = [forward(batch.row)[0] for batch, _ in sft.lockstep(batches, ranks)]
+        # The turns of lockstep beyond this rank's own batches come last: zip drops them.
         batches = [replace(b, old_logprobs=logprobs) for b, logprobs in zip(batches, old)]
         minibatches.append((batches, tokens))
 
@@ -298,15 +302,15 @@ def update_policy(
         for batch, is_real in sft.lockstep(batches, ranks):
             logprobs, entropy = forward(batch.row)
             advantages = batch.advantages.to(ranks.device)
-            loss, counts = policy_loss(logprobs, batch.old_logprobs, advantages, clip)
+            loss, loss_metrics = policy_loss(logprobs, batch.old_logprobs, advantages, clip)
             loss = loss * is_real / tokens  # the mean over the tokens of all ranks
             sft.backward(loss, ranks)
             total += loss.item()
             if is_real:
-                trains = advantages != 0
-                sums.update(counts)
-                sums["entropy"] += entropy[trains].sum().item()
-                sums["tokens"] += int(trains.sum())
+                has_advantage = advantages != 0
+                sums.update(loss_metrics)
+                sums["entropy"] += entropy[has_advantage].sum().item()
+                sums["tokens"] += int(has_advantage.sum())
         grad_norms.append(sft.optimizer_step(optimizer, cfg.lr, cfg.max_norm))
         losses.append(ranks.reduce(total))
 
@@ -360,12 +364,12 @@ def train(cfg: Config, ranks: Ranks) -> None:
             # 1. Sample completions; rewards and advantages, Eq. (7) to (10).
             start = (step - 1) * cfg.rollout_batch
             indices = sft.data_order(len(samples), start, cfg.rollout_batch, cfg.seed)
-            mine = range(ranks.rank, cfg.rollout_batch, ranks.world)
-            prompts = {i: samples[indices[i]] for i in mine}
+            positions = range(ranks.rank, cfg.rollout_batch, ranks.world)  # this rank's share
+            batch = {i: samples[indices[i]] for i in positions}
             began = time.perf_counter()
-            policy = replica(model, compute)
+            policy = replica(model, compute)  # whole on every rank, to generate with
             with saving_memory(cfg.to_save_rollout_memory):
-                groups = rollout(policy, encoder, prompts, cfg, step, show=ranks.rank == 0)
+                groups = rollout(policy, encoder, batch, cfg, step, show=ranks.rank == 0)
             metrics = rollout_metrics(groups, time.perf_counter() - began, ranks)
             policy = None  # frees its memory for the update
             # 2. Update the model, Eq. (6), with the clip range B_s of Eq. (7).
@@ -392,9 +396,9 @@ def train(cfg: Config, ranks: Ranks) -> None:
 def filter_prompts(samples: list[Sample], encoder, cfg: Config, ranks: Ranks) -> list[Sample]:
     """The samples with a label and a prompt within the limit; the rest are counted on screen."""
     kept = [s for s in samples if s.request_label or s.response_label]
-    mine = range(ranks.rank, len(kept), ranks.world)
-    rows = prefetch(encoder.prompt, (kept[i] for i in mine))
-    fitting = ranks.gather([i for i, row in zip(mine, rows) if len(row) <= cfg.max_prompt_tokens])
+    share = range(ranks.rank, len(kept), ranks.world)  # this rank's
+    prompts = zip(share, prefetch(encoder.prompt, (kept[i] for i in share)))
+    fitting = ranks.gather([i for i, prompt in prompts if len(prompt) <= cfg.max_prompt_tokens])
     short = [kept[i] for i in sorted(fitting)]
     if ranks.rank == 0:
         left_out = f"{len(samples) - len(kept)} unlabelled, {len(kept) - len(short)} too long"
@@ -404,10 +408,10 @@ def filter_prompts(samples: list[Sample], encoder, cfg: Config, ranks: Ranks) ->
 
 def validate(policy, encoder, samples: list[Sample], cfg: Config, ranks: Ranks) -> dict:
     """Greedy F1 and lengths on the validation samples, sharded over the ranks."""
-    mine = samples[ranks.rank :: ranks.world]
+    share = samples[ranks.rank :: ranks.world]  # this rank's
     limits = cfg.max_new_tokens, cfg.max_branches
     with saving_memory(cfg.to_save_rollout_memory):
-        found = evaluate_samples(policy, encoder, mine, *limits, show=ranks.rank == 0)
+        found = evaluate_samples(policy, encoder, share, *limits, show=ranks.rank == 0)
     found = ranks.gather(found)
     return {f"val_{name}": value for name, value in compute_metrics(found).items()}
 
@@ -483,8 +487,8 @@ def record(group: Group, step: int, clip: float) -> dict:
 
 def write_rollouts(run: sft.Run, groups: list[Group], step: int, clip: float) -> None:
     """Append the step's groups of all ranks to rollouts.jsonl, in the order of the data."""
-    mine = [(group.position, record(group, step, clip)) for group in groups]
-    records = dict(run.ranks.gather(mine))
+    of_this_rank = [(group.position, record(group, step, clip)) for group in groups]
+    records = dict(run.ranks.gather(of_this_rank))
     if run.ranks.rank == 0:
         ordered = [records[position] for position in sorted(records)]
         append_records(run.folder / "rollouts.jsonl", ordered)

@@ -2,7 +2,8 @@
 
 In: the text of a completion, the true labels, a function that measures length. Out: a Verdict (what
 was said) and a Reward (what it is worth). Malformed output is an outcome, never an exception.
-Mining, RL and evaluation all read outputs through `parse`.
+Mining, RL and evaluation all read outputs through `parse`; mining and F1 ask whether the labels are
+right, the reward also whether the format is.
 
 The released code only logs the format; its reward reads the first result block, its mining and
 evaluation the first label anywhere in the output. Here:

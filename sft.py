@@ -188,10 +188,10 @@ def validation_loss(model, encoder, samples: list[Sample], cfg: Config, compute,
     starts = range(0, len(samples), cfg.batch_size)  # all images at once would fill the memory
     for start in progress(starts, len(starts), "validation batches", ranks.rank == 0):
         batch = samples[start : start + cfg.batch_size]
-        mine = batch[ranks.rank :: ranks.world]
-        rows, _ = packed_rows(mine or batch[:1], encoder, cfg)
+        share = batch[ranks.rank :: ranks.world]  # this rank's; perhaps empty in the last batch
+        rows, _ = packed_rows(share or batch[:1], encoder, cfg)
         for row, is_real in lockstep(rows, ranks):
-            counts = is_real and bool(mine)
+            counts = is_real and bool(share)
             total += counts * sft_loss(model, row, compute).item()
             tokens += counts * int(row.supervised.sum())
     total, tokens = ranks.reduce(total), ranks.reduce(tokens)
