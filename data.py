@@ -312,8 +312,8 @@ class Row:
         return self.ids.shape[0]
 
     def join(self, *others: "Row") -> "Row":
-        """Rows side by side in one: row.join(other) or Row.join(*rows). Segments keep their prefixes,
-        and see nothing of other rows."""
+        """Rows side by side: row.join(other) or Row.join(*rows). Segments keep their prefixes, and
+        see nothing of other rows."""
         rows, segments, tokens_before = (self, *others), [], 0
         for row in rows:
             segments_before = len(segments)
