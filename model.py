@@ -107,10 +107,9 @@ class Config:
         vision = build_config(VisionConfig, raw.get("vision_config") or {})
         derived = {**rope, "tie_word_embeddings": bool(tied), "vision": vision}
         config = build_config(cls, {**text, **derived})
-        if sum(config.mrope_section) * 2 != config.head_dim:
-            raise CheckpointError(
-                f"config.json: mrope_section {config.mrope_section}, head size {config.head_dim}"
-            )
+        sections, size = config.mrope_section, config.head_dim
+        if sum(sections) * 2 != size:
+            raise CheckpointError(f"config.json: mrope_section {sections}, head size {size}")
         return config
 
 
@@ -138,8 +137,7 @@ class PackedAttention:
 
     lengths: tokens of every segment.
     prefixes: for each segment the index of the segment it extends, or None; a prefix extends none.
-    causal: within its own segment a token sees what stands before it (text), or everything (the
-        windows and images of the vision tower).
+    causal: within its segment a token sees what stands before it, not everything (as in the tower).
 
     A call takes q [T, H, d], k and v [T, K, d] and returns [T, H, d]. A prompt p of 4 tokens with
     completions a, b, c of 2, 2 and 3 is lengths [4, 2, 2, 3] and prefixes [None, 0, 0, 0]. Each
@@ -148,9 +146,8 @@ class PackedAttention:
         queries     p p p p     a a           b b           c c c
         keys        p p p p     p p p p a a   p p p p b b   p p p p c c c
 
-    On CUDA in half precision that is one call for the whole row. Elsewhere it is one call per run
-    of equal segments: p; a and b together; c. With record_kv the keys and values of every layer are
-    kept: the prefill.
+    On CUDA in half precision that is one call for the whole row. Elsewhere it is one for each run
+    of equal segments: p; a and b together; c. record_kv keeps the keys and values of every layer.
     """
 
     def __init__(
@@ -293,11 +290,10 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, d]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, d]
+        qk = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
+        qk = qk.unflatten(-1, (-1, self.head_dim))  # [T, H + K, d]
+        q, k = rotate(qk, cos, sin).split(self.heads, dim=1)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, d]
-        qk = rotate(torch.cat([q, k], dim=1), cos, sin)  # [T, H + K, d]
-        q, k = qk.split(self.heads, dim=1)
         out = attend(q, k, v, self.index)  # [T, H, d]
         return self.o_proj(out.flatten(-2))
 
@@ -503,8 +499,9 @@ class ChunkedLogprobs(torch.autograd.Function):
             grad_hidden.append(h.grad)
             if head_trains:
                 # In pieces: a CPU first converts all of a tensor that it adds to another type.
-                for total, part in zip(grad_head.split(8192), weight.grad.split(8192)):
-                    total += part
+                for first in range(0, len(head), 8192):
+                    rows = slice(first, first + 8192)
+                    grad_head[rows].add_(weight.grad[rows])
                 weight.grad = None
         return torch.cat(grad_hidden), None, grad_head, None, None, None
 
@@ -550,7 +547,8 @@ class QwenVL(nn.Module):
         before = torch.arange(len(row.ids)) - 1  # [T]
         for start, _, prefix in row.segments:
             if prefix is not None:
-                before[start] = row.segments[prefix].start + row.segments[prefix].length - 1
+                prompt = row.segments[prefix]
+                before[start] = prompt.start + prompt.length - 1
         targets = row.supervised.nonzero().squeeze(1)  # [S]
         hidden = self.hidden(row).index_select(0, before[targets].to(self.device))  # [S, D]
         ids = row.ids[targets].to(self.device)
@@ -1231,7 +1229,8 @@ def save(
         raise CheckpointError(f"{final}: the weights cannot be written ({error})") from error
     # Only after the weights, which take long: until then an earlier checkpoint in the folder keeps
     # the config that fits it.
-    copy_small_files(source, folder, str(next(iter(state.values())).dtype))
+    stored = next(iter(state.values())).dtype
+    copy_small_files(source, folder, str(stored).removeprefix("torch."))
     os.replace(partial, final)
     # An earlier checkpoint's shards, which a reader would take instead.
     index, shards = folder / "model.safetensors.index.json", "model-*-of-*.safetensors"
@@ -1241,7 +1240,7 @@ def save(
 
 def copy_small_files(source: Path, folder: Path, dtype: str) -> None:
     """Config (with this dtype), tokenizer and preprocessor; not the index, not what a run left."""
-    others = ("config.json", "run.json", "model.safetensors.index.json")
+    others = ("config.json", "model.safetensors.index.json", "run.json")
     for file in source.iterdir():
         if file.suffix in (".json", ".txt", ".jinja") and file.name not in others:
             with suppress(shutil.SameFileError):  # the model is saved where it came from
@@ -1249,7 +1248,7 @@ def copy_small_files(source: Path, folder: Path, dtype: str) -> None:
     config = json.loads((source / "config.json").read_text())
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
         for key in {"torch_dtype", "dtype"} & part.keys():
-            part[key] = dtype.removeprefix("torch.")
+            part[key] = dtype
     try:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:  # a full disk, as the system reports it, names no file
@@ -1272,7 +1271,8 @@ class Ranks:
         if self.world == 1:
             return float(value)
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how.upper()))
+        operation = getattr(torch.distributed.ReduceOp, how.upper())
+        torch.distributed.all_reduce(tensor, operation)
         return tensor.item()
 
     def gather(self, items: list) -> list:
