@@ -141,7 +141,7 @@ class PackedAttention:
 
     A call takes q [T, H, d], k and v [T, K, d] and returns [T, H, d]. A prompt p of 4 tokens with
     completions a, b, c of 2, 2 and 3 is lengths [4, 2, 2, 3] and prefixes [None, 0, 0, 0]. Each
-    segment asks its prefix and itself; its last query sees the last key:
+    segment attends to its prefix and itself; its last query sees the last key:
 
         queries     p p p p     a a           b b           c c c
         keys        p p p p     p p p p a a   p p p p b b   p p p p c c c
@@ -167,19 +167,20 @@ class PackedAttention:
 
     @cached_property
     def _keys(self) -> tuple[Tensor | None, dict]:
-        """The token of every key that is asked [all keys], or None if that is the row as it stands;
-        and what varlen_attn wants to know of the segments' queries and keys."""
+        """The token of every key drawn above [all keys], or None if no segment has a prefix; and
+        what varlen_attn has to know of the segments' queries and keys."""
         tokens = torch.arange(sum(self.lengths)).split(self.lengths)
         keys = list(tokens)
         for i, prefix in enumerate(self.prefixes):
             if prefix is not None:
                 keys[i] = torch.cat([tokens[prefix], tokens[i]])
-        key_lengths = [len(asked) for asked in keys]
+        key_lengths = [len(seen) for seen in keys]
         sizes = {"max_q": max(self.lengths), "max_k": max(key_lengths)}
         sizes["cu_seq_q"] = boundaries(self.lengths, self.device)
         sizes["cu_seq_k"] = boundaries(key_lengths, self.device)
-        no_prefix = key_lengths == self.lengths
-        return None if no_prefix else torch.cat(keys).to(self.device), sizes
+        if key_lengths == self.lengths:
+            return None, sizes
+        return torch.cat(keys).to(self.device), sizes
 
     def _in_one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         key_tokens, sizes = self._keys
@@ -239,8 +240,9 @@ def rotary_angles(coords: Tensor, size: int, theta: float) -> Tensor:
 
 def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [T, 1, d] for `rotate`, of angles [T, d / 2]: (cos, cos) and (-sin, sin)."""
-    cos = torch.cat([angles, angles], dim=-1).cos()
-    sin = torch.cat([-angles, angles], dim=-1).sin()
+    cos, sin = angles.cos(), angles.sin()
+    cos = torch.cat([cos, cos], dim=-1)
+    sin = torch.cat([-sin, sin], dim=-1)
     return cos[:, None], sin[:, None]
 
 
