@@ -96,13 +96,16 @@ class Config:
         nested = raw.get("text_config") or {}
         text = {**raw, **nested}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        kind, activation = raw.get("model_type"), text.get("hidden_act", "silu")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        found = (kind, activation, rope_type, bool(text.get("use_sliding_window")))
-        known = [("qwen2_5_vl", "silu", rope_type, False) for rope_type in ("default", "mrope")]
-        if found not in known:
-            names = "model type, activation, rope type, sliding window"
-            raise CheckpointError(f"config.json: {names}: {found}, want {known[0]}")
+        found = (
+            raw.get("model_type"),
+            text.get("hidden_act", "silu"),
+            bool(text.get("use_sliding_window")),
+            rope.get("rope_type", rope.get("type", "default")),
+        )
+        known = ("qwen2_5_vl", "silu", False)
+        if found not in [(*known, "default"), (*known, "mrope")]:
+            names = "model type, activation, sliding window, rope type"
+            raise CheckpointError(f"config.json: {names}: {found}, want {known}, default or mrope")
         tied = raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
         vision = build_config(VisionConfig, raw.get("vision_config") or {})
         derived = {**rope, "tie_word_embeddings": bool(tied), "vision": vision}
@@ -1138,10 +1141,11 @@ def plain_attention(
 
 def locate(path: str) -> Path:
     """The folder: `path` itself, or the snapshot of a hub id (downloaded if missing)."""
-    if Path(path).is_dir():
-        return Path(path)
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
     is_hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
-    if Path(path).exists() or not is_hub_id:
+    if folder.exists() or not is_hub_id:
         raise CheckpointError(f"{path}: no such checkpoint directory")
     from huggingface_hub import snapshot_download
 
