@@ -5,17 +5,15 @@ Out: log-probabilities of supervised tokens (training), completions (generation)
 
 Every forward pass runs over one flat row of tokens, with no batch dimension and no padding. The row
 is cut into segments. A segment attends causally to itself and, if it has a prefix, to all of the
-segment that is its prefix. A `row` is any object with the fields of data.Row: ids [T], positions
-[3, T], segments, supervised [T], pixels [P, 1176], grids, and a method join(*rows). It lies on the
-CPU, and what depends on its content is worked out there: the host waits for the device to copy what
-a forward pass needs, a fixed number of times, but never within a layer.
+segment that is its prefix. A `row` has what data.Row has: ids [T], positions [3, T], segments,
+supervised [T], pixels [P, 1176], grids (images only, so their time is 1), and join(*rows). It lies
+on the CPU, and what depends on its content is worked out there: the host waits for the device to
+copy what a forward pass needs, a fixed number of times, but never within a layer.
 
 T  tokens of a row          D  hidden size           N  prompts that are being answered
 S  supervised tokens        H  heads                 B  branches: completions being generated
 P  patches of images        K  key-value heads       R  rows of a cache: one per prompt or branch
 V  vocabulary               d  size of a head        C  capacity of a cache, tokens per row
-
-Images only, no video: the time of a grid is always 1.
 
     python -c "import model as m; print(m.outline(m.locate('Qwen/Qwen2.5-VL-3B-Instruct')))"
 """
@@ -29,13 +27,14 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import NamedTuple
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -79,12 +78,12 @@ class Config:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    rms_norm_eps: float
-    rope_theta: float
     mrope_section: tuple[int, ...]
     tie_word_embeddings: bool
     image_token_id: int
     vision: VisionConfig
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
     max_position_embeddings: int = 128000  # tokens
 
     @property
@@ -94,41 +93,33 @@ class Config:
     @classmethod
     def from_json(cls, raw: dict) -> "Config":
         """raw: config.json, flat as published, nested, or nested with rope_parameters."""
-        kind = raw.get("model_type")
-        if kind != "qwen2_5_vl":
-            raise CheckpointError(f"config.json: model_type is {kind!r}, not 'qwen2_5_vl'")
         nested = raw.get("text_config") or {}
         text = {**raw, **nested}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        plain_rope = rope_type in ("default", "mrope")
-        silu = text.get("hidden_act", "silu") == "silu"
-        if text.get("use_sliding_window") or not silu or not plain_rope:
-            raise CheckpointError(
-                "config.json: want no sliding window, activation silu, rope type default or mrope"
-            )
+        found = (
+            raw.get("model_type"),
+            text.get("hidden_act", "silu"),
+            bool(text.get("use_sliding_window")),
+            rope.get("rope_type", rope.get("type", "default")),
+        )
+        known = ("qwen2_5_vl", "silu", False)
+        if found not in [(*known, "default"), (*known, "mrope")]:
+            names = "model type, activation, sliding window, rope type"
+            raise CheckpointError(f"config.json: {names}: {found}, want {known}, default or mrope")
         tied = raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
-        derived = {
-            "rope_theta": rope.get("rope_theta") or text.get("rope_theta", 1e6),
-            "mrope_section": tuple(rope.get("mrope_section", ())),
-            "tie_word_embeddings": bool(tied),
-            "rms_norm_eps": text.get("rms_norm_eps", 1e-6),
-            "vision": build_config(VisionConfig, raw.get("vision_config") or {}),
-        }
+        vision = build_config(VisionConfig, raw.get("vision_config") or {})
+        derived = {**rope, "tie_word_embeddings": bool(tied), "vision": vision}
         config = build_config(cls, {**text, **derived})
-        if sum(config.mrope_section) * 2 != config.head_dim:
-            raise CheckpointError(
-                f"config.json: mrope_section {config.mrope_section}, head size {config.head_dim}"
-            )
+        sections, size = config.mrope_section, config.head_dim
+        if sum(sections) * 2 != size:
+            raise CheckpointError(f"config.json: mrope_section {sections}, head size {size}")
         return config
 
 
 def build_config(kind: type, values: dict):
     """The dataclass `kind` from those of the values it has fields for."""
-    try:
-        return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-    except TypeError as error:  # a required field is missing
-        raise CheckpointError(f"config.json: {error}") from error
+    names = [field.name for field in fields(kind) if field.name in values]
+    return kind(**{name: values[name] for name in names})
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -144,140 +135,118 @@ def boundaries(lengths: list[int], device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
-class Sequences(NamedTuple):
-    """A row for variable-length attention: for each segment a sequence of queries and of keys."""
-
-    key_tokens: Tensor | None  # [all keys] the token of every key; None: the keys are the row's
-    query_ends: Tensor  # boundaries of the sequences of queries
-    key_ends: Tensor  # boundaries of the sequences of keys
-    max_queries: int
-    max_keys: int
-
-
-@dataclass
-class EqualSegments:
-    """Neighbouring segments that one batched call serves: all of one length and one prefix."""
-
-    count: int  # segments
-    length: int  # tokens of each
-    prefix: int | None  # the place in `_runs` of what is their prefix
-    mask: Tensor | None  # with a prefix, which keys each query sees [length, prefix's + length]
-
-    def batched(self, x: Tensor) -> Tensor:
-        """[count * length, heads, d] -> [count, heads, length, d]."""
-        return x.unflatten(0, (self.count, self.length)).transpose(1, 2)
-
-
 class PackedAttention:
     """Attention over one packed row of segments, each of which sees itself and its prefix.
 
     lengths: tokens of every segment.
     prefixes: for each segment the index of the segment it extends, or None; a prefix extends none.
-    causal: within its own segment a token sees what stands before it (text), or everything (the
-        windows and images of the vision tower).
+    causal: within its segment a token sees what stands before it, not everything (as in the tower).
 
     A call takes q [T, H, d], k and v [T, K, d] and returns [T, H, d]. A prompt p of 4 tokens with
     completions a, b, c of 2, 2 and 3 is lengths [4, 2, 2, 3] and prefixes [None, 0, 0, 0]. Each
-    segment asks its prefix and itself; its last query sees the last key:
+    segment attends to its prefix and itself; its last query sees the last key:
 
         queries     p p p p     a a           b b           c c c
         keys        p p p p     p p p p a a   p p p p b b   p p p p c c c
 
-    On CUDA in half precision that is one call for the whole row. Elsewhere it is one call per run
-    of equal segments: p; a and b together; c. With record_kv the keys and values of every layer are
-    kept: the prefill.
+    On CUDA in half precision that is one call for the whole row. Elsewhere it is one for each run
+    of equal segments: p; a and b together; c. record_kv keeps the keys and values of every layer.
     """
 
     def __init__(
         self, lengths: list[int], prefixes: list[int | None], causal: bool, device, record_kv=False
     ):
-        self.lengths, self.prefixes, self.causal, self.device = lengths, prefixes, causal, device
-        self.recorded_kv: list[tuple[Tensor, Tensor]] | None = [] if record_kv else None
+        self.lengths, self.prefixes = lengths, prefixes
+        self.causal, self.device = causal, device
+        self.recorded_kv = [] if record_kv else None  # of every layer keys and values [T, K, d]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> Tensor:
         if self.recorded_kv is not None:
             # k is a view of a tensor that holds q, too: the copy lets go of q.
             self.recorded_kv.append((k.contiguous(), v))
-        return self._in_one_call(q, k, v) if has_varlen(q) else self._run_by_run(q, k, v)
+        if has_varlen(q):
+            return self._in_one_call(q, k, v)
+        return self._run_by_run(q, k, v)
 
     @cached_property
-    def _sequences(self) -> Sequences:
-        tokens_of = torch.arange(sum(self.lengths)).split(self.lengths)
-        keys = []  # for every segment the tokens whose keys it asks
-        for own, prefix in zip(tokens_of, self.prefixes):
-            keys.append(own if prefix is None else torch.cat([tokens_of[prefix], own]))
-        key_lengths = [len(tokens) for tokens in keys]
-        no_prefix = all(prefix is None for prefix in self.prefixes)
-        return Sequences(
-            key_tokens=None if no_prefix else torch.cat(keys).to(self.device),
-            query_ends=boundaries(self.lengths, self.device),
-            key_ends=boundaries(key_lengths, self.device),
-            max_queries=max(self.lengths),
-            max_keys=max(key_lengths),
-        )
+    def _keys(self) -> tuple[Tensor | None, dict]:
+        """The token of every key drawn above [all keys], or None if no segment has a prefix; and
+        what varlen_attn has to know of the segments' queries and keys."""
+        tokens = torch.arange(sum(self.lengths)).split(self.lengths)
+        keys = list(tokens)
+        for i, prefix in enumerate(self.prefixes):
+            if prefix is not None:
+                keys[i] = torch.cat([tokens[prefix], tokens[i]])
+        key_lengths = [len(seen) for seen in keys]
+        sizes = {"max_q": max(self.lengths), "max_k": max(key_lengths)}
+        sizes["cu_seq_q"] = boundaries(self.lengths, self.device)
+        sizes["cu_seq_k"] = boundaries(key_lengths, self.device)
+        if key_lengths == self.lengths:
+            return None, sizes
+        return torch.cat(keys).to(self.device), sizes
 
     def _in_one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        asked = self._sequences
-        if asked.key_tokens is not None:
+        key_tokens, sizes = self._keys
+        if key_tokens is not None:
             # In float32: so the backward pass adds up in float32 the gradients that all completions
             # send to a token of their prompt.
-            k, v = (x.float().index_select(0, asked.key_tokens).to(x.dtype) for x in (k, v))
-        sizes = (asked.query_ends, asked.key_ends, asked.max_queries, asked.max_keys)
+            k, v = (x.float().index_select(0, key_tokens).to(x.dtype) for x in (k, v))
         window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal, aligned to the last key
-        return varlen_attn(q, k, v, *sizes, window_size=window, enable_gqa=True)
+        return varlen_attn(q, k, v, **sizes, window_size=window, enable_gqa=True)
 
     @cached_property
-    def _runs(self) -> list[EqualSegments]:
-        """The row as runs of equal segments. A segment that others extend is a run of its own."""
-        runs, run_of_segment, extended = [], {}, set(self.prefixes)
-        for i, (length, prefix) in enumerate(zip(self.lengths, self.prefixes)):
-            same_as_last = i > 0 and (length, prefix) == (self.lengths[i - 1], self.prefixes[i - 1])
-            if same_as_last and not {i - 1, i} & extended:
-                runs[-1].count += 1
-                continue
-            run_of_segment[i] = len(runs)
-            if prefix is None:
-                runs.append(EqualSegments(1, length, None, None))
-                continue
-            seen = self.lengths[prefix]
-            mask = torch.ones(length, seen + length, dtype=torch.bool, device=self.device)
-            runs.append(EqualSegments(1, length, run_of_segment[prefix], mask.tril(seen)))
+    def _runs(self) -> list[tuple[list[int], Tensor | None]]:
+        """The numbers of equal neighbours (one length, one prefix; a segment that others extend is
+        alone), and if they have a prefix which keys each query sees [length, prefix's + length]."""
+        runs = []
+        extended = set(self.prefixes)
+
+        def kind(i: int) -> tuple:
+            return self.lengths[i], self.prefixes[i], i if i in extended else None
+
+        for (length, prefix, _), numbers in groupby(range(len(self.lengths)), kind):
+            mask = None
+            if prefix is not None:
+                seen = self.lengths[prefix]
+                mask = torch.ones(length, seen + length, dtype=torch.bool, device=self.device)
+                mask = mask.tril(seen)
+            runs.append((list(numbers), mask))
         return runs
 
     def _run_by_run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        runs = self._runs
-        sizes = [run.count * run.length for run in runs]
-        queries, keys, values = (
-            [run.batched(part) for run, part in zip(runs, x.split(sizes))] for x in (q, k, v)
-        )
+        tokens = [sum(self.lengths[i] for i in numbers) for numbers, _ in self._runs]
+        parts = zip(q.split(tokens), k.split(tokens), v.split(tokens))
+        keys_values = {}  # of every run by its first number, each [count, K, length, d]
         outputs = []
-        for i, run in enumerate(runs):
-            seen_keys, seen_values = keys[i], values[i]
-            if run.prefix is not None:
-                seen_keys = after_prefix(keys[run.prefix], keys[i])
-                seen_values = after_prefix(values[run.prefix], values[i])
-            causal = self.causal and run.mask is None
+        for (numbers, mask), qkv in zip(self._runs, parts):
+            first, count = numbers[0], len(numbers)
+            q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv)
+            keys_values[first] = (k, v)
+            if mask is not None:  # the prefix's keys and values stand before those of every segment
+                k, v = (
+                    torch.cat([prefix.expand(count, -1, -1, -1), own], dim=2)
+                    for prefix, own in zip(keys_values[self.prefixes[first]], (k, v))
+                )
+            causal = self.causal and mask is None
             out = F.scaled_dot_product_attention(
-                queries[i], seen_keys, seen_values, run.mask, is_causal=causal, enable_gqa=True
+                q, k, v, mask, is_causal=causal, enable_gqa=True
             )  # [count, H, length, d]
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)
 
 
-def after_prefix(prefix: Tensor, own: Tensor) -> Tensor:
-    """Keys or values of a prefix [1, K, t, d] before those of each of its segments [n, K, u, d]."""
-    return torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=2)
-
-
-def inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
-    """theta^(-2i/size) for i < size/2, float32."""
-    return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+def rotary_angles(coords: Tensor, size: int, theta: float) -> Tensor:
+    """Coordinates [...] times theta^(-2i / size) for i < size / 2: [..., size / 2], float32."""
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=coords.device) / size
+    return coords[..., None] * (1.0 / theta**exponents)
 
 
 def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [T, 1, d] for `rotate`, of angles [T, d / 2]: (cos, cos) and (-sin, sin)."""
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
+    cos = torch.cat([cos, cos], dim=-1)
+    sin = torch.cat([-sin, sin], dim=-1)
+    return cos[:, None], sin[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -285,7 +254,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     points (a_i, b_i) are turned by their angles, (a, b) -> (a cos - b sin, b cos + a sin)."""
     x32 = x.float()
     a, b = x32.chunk(2, dim=-1)
-    return torch.addcmul(x32 * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
+    turned = torch.addcmul(x32 * cos, torch.cat([b, a], dim=-1), sin)
+    return turned.to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------- layers
@@ -325,11 +295,12 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, d]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, d]
+        qk = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
+        qk = qk.unflatten(-1, (-1, self.head_dim))  # [T, H + K, d]
+        q, k = rotate(qk, cos, sin).split(self.heads, dim=1)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, d]
-        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).split(self.heads, dim=1)
-        return self.o_proj(attend(q, k, v, self.index).flatten(-2))
+        out = attend(q, k, v, self.index)  # [T, H, d]
+        return self.o_proj(out.flatten(-2))
 
 
 class DecoderLayer(nn.Module):
@@ -345,27 +316,16 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """Embedding, layers and final norm, under the published tensor names `model.*`."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.num_heads = config.num_heads
+        self.heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3 * self.num_heads, -1))  # [P, 3 * heads, d]
-        qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
+        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [P, 3 * heads, d]
+        qk, v = qkv.split((2 * self.heads, self.heads), dim=1)
         q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         return self.proj(attend(q, k, v).flatten(-2))
 
@@ -383,19 +343,6 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchEmbed(nn.Module):
-    """A bias-free linear map of a flattened patch, in the shape of the published convolution."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.proj = nn.Module()
-        patch = (3, config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj.weight = nn.Parameter(torch.empty(config.hidden_size, *patch))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
-
-
 class PatchMerger(nn.Module):
     """The patches of a cell [P, size] -> one image token [P / 4, D]."""
 
@@ -409,16 +356,8 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).unflatten(0, (-1, self.cell)).flatten(1))
-
-
-class TowerLayout(NamedTuple):
-    """How the patches of several images stand in the vision tower."""
-
-    cell_order: Tensor  # [P / 4] the cells, window after window
-    patch_coords: Tensor  # [P, 2] row and column of every patch, in the order of the input
-    window_lengths: list[int]  # patches
-    image_lengths: list[int]  # patches
+        cells = self.ln_q(x).unflatten(0, (-1, self.cell)).flatten(1)  # [P / 4, 4 * size]
+        return self.mlp(cells)
 
 
 class VisionTower(nn.Module):
@@ -429,69 +368,70 @@ class VisionTower(nn.Module):
     numbers of its cells; in windows of 2 x 2 cells (published: 4 x 4) the first holds 0 1 3 4:
 
          0  1 |  4  5 |  8  9
-         2  3 |  6  7 | 10 11      cells  0 1 | 2      cell_order      0 1 3 4 | 2 5
-        ------+-------+------             3 4 | 5      window_lengths  16, 8
-        12 13 | 16 17 | 20 21                          image_lengths   24
+         2  3 |  6  7 | 10 11      cells  0 1 | 2      windows  0 1 3 4 | 2 5
+        ------+-------+------             3 4 | 5
+        12 13 | 16 17 | 20 21
         14 15 | 18 19 | 22 23
     """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
+        patch = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv3d(3, config.hidden_size, patch, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
         self.checkpointing = False
 
-    def layout(self, grids: Iterable[tuple[int, int, int]]) -> TowerLayout:
-        """The layout for images of (1, rows, columns) patches. Within an image the windows come
-        largest first, so that equal ones are neighbours. ValueError for a grid of another time, or
-        with a side that is not in whole cells."""
+    def windows(self, grids: Sequence[tuple]) -> list[Tensor]:
+        """The cells of every window [n, 3]: their numbers in the input, rows and columns. Within an
+        image the windows come largest first, so that equal ones are neighbours."""
+        windows, before = [], 0
         merge = self.config.spatial_merge_size
         edge = self.config.window_size // (self.config.patch_size * merge)  # of a window, in cells
-        order, coords, window_lengths, image_lengths = [], [], [], []
-        for frames, rows, columns in grids:
-            if frames != 1 or rows % merge or columns % merge:
-                grid = (frames, rows, columns)
-                raise ValueError(f"image grid {grid}: want time 1, sides in multiples of {merge}")
-            cells = torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge)
-            cells = cells + sum(image_lengths) // merge**2
-            bands = cells.split(edge, dim=0)
-            windows = [w.flatten() for band in bands for w in band.split(edge, dim=1)]
-            windows.sort(key=len, reverse=True)
-            order += windows
-            window_lengths += [len(window) * merge**2 for window in windows]
-            image_lengths.append(rows * columns)
-            # [rows * columns, 2] by rows of patches -> by cells
-            grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-            grid = grid.view(rows // merge, merge, columns // merge, merge, 2)
-            coords.append(grid.transpose(1, 2).reshape(-1, 2))
-        return TowerLayout(torch.cat(order), torch.cat(coords), window_lengths, image_lengths)
+        for _, rows, columns in grids:
+            coords = torch.cartesian_prod(
+                torch.arange(rows // merge), torch.arange(columns // merge)
+            )  # [cells, 2]
+            numbers = torch.arange(before, before + len(coords))
+            before += len(coords)
+            cells = torch.column_stack([numbers, coords]).unflatten(0, (rows // merge, -1))
+            parts = []
+            for band in cells.split(edge, dim=0):
+                parts += [part.flatten(0, 1) for part in band.split(edge, dim=1)]
+            windows += sorted(parts, key=len, reverse=True)
+        return windows
 
-    def forward(self, pixels: Tensor, grids: Iterable[tuple[int, int, int]]) -> Tensor:
+    def forward(self, pixels: Tensor, grids: Sequence[tuple]) -> Tensor:
         """pixels [P, 1176], grids of (1, rows, columns) patches -> [P / 4, D]."""
         # 1. Put the cells of a window side by side.
-        device, cell = pixels.device, self.config.spatial_merge_size**2
-        layout = self.layout(grids)
-        patches = (layout.cell_order[:, None] * cell + torch.arange(cell)).flatten()  # [P]
-        coords = layout.patch_coords[patches].to(device)
-        cell_order, patches = layout.cell_order.to(device), patches.to(device)
-        x = self.patch_embed(pixels[patches])
-        # 2. Half of every head turns with the patch's row, half with its column.
+        merge, device = self.config.spatial_merge_size, pixels.device
+        windows = self.windows(grids)
+        cells = torch.cat(windows)  # [P / 4, 3]
+        order = cells[:, 0].to(device)
+        pixels = pixels.unflatten(0, (-1, merge**2))  # [P / 4, 4, 1176]
+        patches = pixels[order].flatten(0, 1)  # [P, 1176]
+        # 2. Embed the patches: a convolution whose kernel is as large as a patch is a linear map.
+        weight = self.patch_embed.proj.weight.flatten(1)
+        x = F.linear(patches.to(weight.dtype), weight)
+        # 3. Half of every head turns with the patch's row, half with its column.
+        corners = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))  # of a cell [4, 2]
+        coords = (cells[:, None, 1:] * merge + corners).flatten(0, 1)  # [P, 2]
         head_dim = self.config.hidden_size // self.config.num_heads
-        frequencies = inverse_frequencies(head_dim // 2, 10000.0, device)  # [d / 4]
-        angles = coords[..., None] * frequencies  # [P, 2, d / 4]
+        angles = rotary_angles(coords.to(device), head_dim // 2, 10000.0)  # [P, 2, d / 4]
         cos, sin = rotation(angles.flatten(1))
-        # 3. The blocks: attention within windows, in a few of them within whole images.
-        windows, images = layout.window_lengths, layout.image_lengths
-        in_windows = PackedAttention(windows, [None] * len(windows), causal=False, device=device)
-        in_images = PackedAttention(images, [None] * len(images), causal=False, device=device)
+        # 4. The blocks: attention within windows, in a few of them within whole images.
+        lengths = [len(window) * merge**2 for window in windows]  # patches
+        in_windows = PackedAttention(lengths, [None] * len(lengths), causal=False, device=device)
+        lengths = [rows * columns for _, rows, columns in grids]
+        in_images = PackedAttention(lengths, [None] * len(lengths), causal=False, device=device)
         for i, block in enumerate(self.blocks):
             attend = in_images if i in self.config.fullatt_block_indexes else in_windows
             x = run_layer(block, self.checkpointing, x, cos, sin, attend)
-        # 4. Merge every cell into a token, and put the tokens back into the order of the input.
+        # 5. Merge every cell into a token, and put the tokens back into the order of the input.
         tokens = self.merger(x)
-        return torch.empty_like(tokens).index_copy(0, cell_order, tokens)
+        return torch.empty_like(tokens).index_copy(0, order, tokens)
 
 
 def run_layer(layer: nn.Module, checkpointing: bool, *inputs) -> Tensor:
@@ -537,7 +477,8 @@ class ChunkedLogprobs(torch.autograd.Function):
         """hidden [S, D], targets [S], head [V, D]."""
         ctx.save_for_backward(hidden, targets, head)
         ctx.temperature, ctx.banned, ctx.chunk = temperature, banned, chunk
-        weight, logprobs, entropies = head.to(hidden.dtype), [], []
+        weight = head.to(hidden.dtype)
+        logprobs, entropies = [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
             chosen, every = token_logprobs(h, t, weight, temperature, banned)
             logprobs.append(chosen)
@@ -554,25 +495,20 @@ class ChunkedLogprobs(torch.autograd.Function):
         weight = head.detach().to(hidden.dtype).requires_grad_(head_trains)
         grad_head = torch.zeros_like(head, dtype=torch.float32) if head_trains else None
         grad_hidden = []
-        for h, t, g in zip(*(x.split(ctx.chunk) for x in (hidden, targets, grad))):
-            grad_hidden.append(ChunkedLogprobs.chunk_backward(ctx, h, t, g, weight, grad_head))
-        if head_trains:
-            grad_head = grad_head.to(head.dtype)
+        chunks = zip(*(x.split(ctx.chunk) for x in (hidden, targets, grad)))
+        for h, t, g in chunks:
+            h = h.detach().requires_grad_()
+            with torch.enable_grad():
+                logprobs = token_logprobs(h, t, weight, ctx.temperature, ctx.banned)[0]
+            logprobs.backward(g)
+            grad_hidden.append(h.grad)
+            if head_trains:
+                # In pieces: a CPU first converts all of a tensor that it adds to another type.
+                for first in range(0, len(head), 8192):
+                    rows = slice(first, first + 8192)
+                    grad_head[rows].add_(weight.grad[rows])
+                weight.grad = None
         return torch.cat(grad_hidden), None, grad_head, None, None, None
-
-    @staticmethod
-    def chunk_backward(ctx, hidden, targets, grad, weight, grad_head: Tensor | None) -> Tensor:
-        """The gradient [chunk, D] of a chunk's hidden states; the head's is added to grad_head."""
-        hidden = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            logprobs, _ = token_logprobs(hidden, targets, weight, ctx.temperature, ctx.banned)
-        if grad_head is None:
-            return torch.autograd.grad(logprobs, hidden, grad)[0]
-        grad_hidden, grad_weight = torch.autograd.grad(logprobs, (hidden, weight), grad)
-        # In pieces: a CPU converts all of a tensor before it adds it to one of another type.
-        for total, part in zip(grad_head.split(8192), grad_weight.split(8192)):
-            total += part
-        return grad_hidden
 
 
 class QwenVL(nn.Module):
@@ -584,7 +520,11 @@ class QwenVL(nn.Module):
         super().__init__()
         self.config = config
         self.visual = VisionTower(config.vision)
-        self.model = Decoder(config)
+        layers = [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        self.model = nn.Module()  # the decoder
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(layers)
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpointing = False  # recompute activations in the backward pass
@@ -608,9 +548,14 @@ class QwenVL(nn.Module):
 
         One function for SFT, old and new policy, Eq. (3) and (7).
         """
+        # The token before a token predicts it; a completion's first token its prompt's last.
+        before = torch.arange(len(row.ids)) - 1  # [T]
+        for start, _, prefix in row.segments:
+            if prefix is not None:
+                prompt = row.segments[prefix]
+                before[start] = prompt.start + prompt.length - 1
         targets = row.supervised.nonzero().squeeze(1)  # [S]
-        sources = predecessors(row)[targets]  # [S]
-        hidden = self.hidden(row).index_select(0, sources.to(self.device))  # [S, D]
+        hidden = self.hidden(row).index_select(0, before[targets].to(self.device))  # [S, D]
         ids = row.ids[targets].to(self.device)
         return ChunkedLogprobs.apply(hidden, ids, self.head, temperature, banned, self.head_chunk)
 
@@ -630,35 +575,34 @@ class QwenVL(nn.Module):
 
     def embed(self, row) -> Tensor:
         """Token embeddings [T, D], with the image tokens replaced by what the vision tower saw."""
-        image_token_positions = (row.ids == self.config.image_token_id).nonzero().squeeze(1)
-        patches = sum(frames * rows * columns for frames, rows, columns in row.grids)
+        is_image = row.ids == self.config.image_token_id  # [T]
+        image_tokens = is_image.nonzero().squeeze(1)
+        patches = sum(math.prod(grid) for grid in row.grids)
         features = patches // self.config.vision.spatial_merge_size**2
-        if len(image_token_positions) != features:
-            raise ValueError(
-                f"{len(image_token_positions)} image tokens in the row, "
-                f"but its images give {features} features"
-            )
+        if len(image_tokens) != features:
+            found = f"{len(image_tokens)} image tokens in the row"
+            raise ValueError(f"{found}, but its images give {features} features")
         x = self.model.embed_tokens(row.ids.to(self.device))
         if torch.is_autocast_enabled(self.device.type):
             # The residual stream is in the compute type: on one rank, as FSDP has it on several.
             x = x.to(torch.get_autocast_dtype(self.device.type))
         if row.grids:
-            images = self.visual(row.pixels.to(self.device), row.grids).to(x.dtype)  # [P / 4, D]
-            return x.index_copy(0, image_token_positions.to(self.device), images)
+            images = self.visual(row.pixels.to(self.device), row.grids)  # [P / 4, D]
+            return x.index_copy(0, image_tokens.to(self.device), images.to(x.dtype))
         if self.sharded:
             # Every rank must take part in the tower's collectives: one blank cell, with weight 0.
             blank = torch.zeros(4, 1176, device=self.device)
-            return x + 0.0 * self.visual(blank, [(1, 2, 2)]).sum()
+            images = self.visual(blank, [(1, 2, 2)])
+            return x + 0.0 * images.sum()
         return x
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """M-RoPE: cos and sin [T, 1, d] of positions [3, T]. The frequencies are cut into
         mrope_section; each section turns with its own coordinate (time, height, width)."""
-        theta = self.config.rope_theta
-        frequencies = inverse_frequencies(self.config.head_dim, theta, positions.device)
-        angles = positions[..., None] * frequencies  # [3, T, d / 2]
-        sections = angles.split(self.config.mrope_section, dim=-1)
-        return rotation(torch.cat([section[i] for i, section in enumerate(sections)], dim=-1))
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        sections = angles.split(self.config.mrope_section, dim=-1)  # each [3, T, its size]
+        turned = [section[i] for i, section in enumerate(sections)]
+        return rotation(torch.cat(turned, dim=-1))
 
 
 def row_attention(row, device, record_kv: bool = False) -> PackedAttention:
@@ -666,19 +610,6 @@ def row_attention(row, device, record_kv: bool = False) -> PackedAttention:
     lengths = [segment.length for segment in row.segments]
     prefixes = [segment.prefix for segment in row.segments]
     return PackedAttention(lengths, prefixes, True, device, record_kv)
-
-
-def predecessors(row) -> Tensor:
-    """For every token the index of the token that predicts it [T]: the one before it in its
-    segment; for a segment's first token the prefix's last. A prompt's first token, which nothing
-    predicts, points at itself."""
-    before = torch.arange(-1, len(row.ids) - 1, device=row.ids.device)
-    for start, _, prefix in row.segments:
-        if prefix is None:
-            before[start] = start
-        else:
-            before[start] = row.segments[prefix].start + row.segments[prefix].length - 1
-    return before
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -1210,46 +1141,37 @@ def plain_attention(
 
 def locate(path: str) -> Path:
     """The folder: `path` itself, or the snapshot of a hub id (downloaded if missing)."""
-    if Path(path).is_dir():
-        return Path(path)
-    if Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/")):
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
+    if folder.exists() or not is_hub_id:
         raise CheckpointError(f"{path}: no such checkpoint directory")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:
         reason = "neither a directory nor a hub id that can be fetched"
         raise CheckpointError(f"{path}: {reason}") from error
 
 
-def published_name(name: str) -> str:
-    """The published name of a tensor, from either naming in the wild."""
-    for old, new in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors under their published names, mapped from the files, not read into memory."""
-    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: no index of safetensors files ({error!r})") from error
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as handle:
+    tensors, files = {}, ["model.safetensors"]
+    path = folder / "model.safetensors.index.json"
+    try:
+        if path.exists():
+            files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        for path in [folder / file for file in files]:
+            with safe_open(path, framework="pt") as handle:
                 for name in handle.keys():
-                    tensors[published_name(name)] = handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            reason = f"cannot be read as safetensors ({error})"
-            raise CheckpointError(f"{folder / file}: {reason}") from error
+                    published = name.replace("model.visual.", "visual.")
+                    published = published.replace("model.language_model.", "model.")
+                    tensors[published] = handle.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error!r})") from error
     return tensors
 
 
@@ -1267,36 +1189,23 @@ def outline(folder: Path) -> QwenVL:
 def load(path: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> QwenVL:
     """A model from a checkpoint directory or hub id; dtype None keeps the stored one.
 
-    The files are mapped, so no second copy of the weights is ever held: a tensor that needs neither
-    conversion nor a move stays in the mapping. CheckpointError names what is missing, unexpected,
-    misshapen or not finite.
+    The files are mapped, so no second copy of the weights is ever held: what needs neither
+    conversion nor a move stays there. CheckpointError names what is missing, unexpected, misshapen
+    or not finite.
     """
     folder = locate(path)
-    model = outline(folder)
-    found, wanted = read_tensors(folder), model.state_dict()
+    model, tensors = outline(folder), read_tensors(folder)
     if model.config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)  # some files repeat the tied matrix
-    missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    for problem, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            raise CheckpointError(f"{folder}: {len(names)} {problem} tensors, first: {min(names)}")
-    for name in wanted:
-        tensor = found[name]
-        check_tensor(f"{folder}: {name}", tensor, wanted[name].shape)
-        found[name] = tensor.to(device).to(dtype or tensor.dtype)  # converted where it will live
-    model.load_state_dict(found, assign=True)
+        tensors.pop("lm_head.weight", None)  # some files repeat the tied matrix
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # it names all tensors that do not fit
+        raise CheckpointError(f"{folder}: {shorten(str(error), 400)}") from error
+    for name, parameter in model.named_parameters():
+        if not torch.stack(parameter.data.aminmax()).isfinite().all():  # NaN comes through
+            raise CheckpointError(f"{folder}: {name} holds NaN or infinite numbers")
+        parameter.data = parameter.data.to(device).to(dtype or parameter.dtype)  # converted there
     return model
-
-
-def check_tensor(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    """CheckpointError unless the tensor holds finite floating-point numbers in this shape."""
-    if tensor.shape != shape:
-        shapes = f"has shape {list(tensor.shape)}, config.json wants {list(shape)}"
-        raise CheckpointError(f"{name} {shapes}")
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name} holds {tensor.dtype}, not floating-point numbers")
-    if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN comes through
-        raise CheckpointError(f"{name} holds NaN or infinite numbers")
 
 
 def save(
@@ -1308,8 +1217,7 @@ def save(
     writes. The weights appear under their final name only when complete.
     """
     folder, source = Path(folder), locate(str(source))
-    several = torch.distributed.is_initialized()
-    writes = not several or torch.distributed.get_rank() == 0
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if model.sharded:
         model.reshard()  # a forward without backward leaves the root whole, in the compute type
     state = {}
@@ -1327,26 +1235,26 @@ def save(
         raise CheckpointError(f"{final}: the weights cannot be written ({error})") from error
     # Only after the weights, which take long: until then an earlier checkpoint in the folder keeps
     # the config that fits it.
-    copy_small_files(source, folder, str(next(iter(state.values())).dtype))
+    stored = next(iter(state.values())).dtype
+    copy_small_files(source, folder, str(stored).removeprefix("torch."))
     os.replace(partial, final)
     # An earlier checkpoint's shards, which a reader would take instead.
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    for shard_of_before in folder.glob("model-*-of-*.safetensors"):
-        shard_of_before.unlink()
+    index, shards = folder / "model.safetensors.index.json", "model-*-of-*.safetensors"
+    for earlier in [index, *folder.glob(shards)]:
+        earlier.unlink(missing_ok=True)
 
 
 def copy_small_files(source: Path, folder: Path, dtype: str) -> None:
     """Config (with this dtype), tokenizer and preprocessor; not the index, not what a run left."""
+    others = ("config.json", "model.safetensors.index.json", "run.json")
+    for file in source.iterdir():
+        if file.suffix in (".json", ".txt", ".jinja") and file.name not in others:
+            with suppress(shutil.SameFileError):  # the model is saved where it came from
+                shutil.copyfile(file, folder / file.name)
     config = json.loads((source / "config.json").read_text())
-    same_folder = source.resolve() == folder.resolve()
-    for file in [] if same_folder else source.iterdir():
-        small = file.suffix in (".json", ".txt", ".jinja")
-        index = file.name.endswith(".safetensors.index.json")
-        if small and not index and file.name not in ("config.json", "run.json"):
-            shutil.copyfile(file, folder / file.name)
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
         for key in {"torch_dtype", "dtype"} & part.keys():
-            part[key] = dtype.removeprefix("torch.")
+            part[key] = dtype
     try:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:  # a full disk, as the system reports it, names no file
@@ -1366,10 +1274,11 @@ class Ranks:
 
     def reduce(self, value: float, how: str = "sum") -> float:
         """The sum (or "max") of a number over all ranks."""
-        device = "cpu" if self.world == 1 else self.device
-        tensor = torch.tensor(value, dtype=torch.float64, device=device)
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how.upper()))
+        if self.world == 1:
+            return float(value)
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        operation = getattr(torch.distributed.ReduceOp, how.upper())
+        torch.distributed.all_reduce(tensor, operation)
         return tensor.item()
 
     def gather(self, items: list) -> list:
@@ -1385,15 +1294,10 @@ class Ranks:
 
 
 def choose_device(name: str, local_rank: int | None) -> torch.device:
-    """The device of this process, on CUDA its current one; "auto" is CUDA, else MPS, else CPU.
-
-    local_rank: with several ranks, this process's number on its machine, and the index of its GPU.
-    OSError if the device cannot be used.
-    """
+    """The device of this process, on CUDA its current one: with several ranks the GPU of its number
+    on its machine, local_rank. "auto" is CUDA, else MPS, else CPU. OSError if it cannot be used."""
     if name == "auto":
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
         if torch.cuda.is_available():
             name = "cuda"
     try:
@@ -1412,19 +1316,21 @@ def choose_device(name: str, local_rank: int | None) -> torch.device:
 
 def start_ranks(name: str = "auto") -> Ranks:
     """Read torchrun's environment, choose the device and, with several ranks, join the group."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(name, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
-    if device.type == "cuda":
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         # cuDNN's attention builds a graph for every new shape, and packed rows hardly repeat one.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1:
         # Ranks wait in a collective while another one still generates: outputs differ in length.
-        # (In mining and evaluation for all of its share: after an hour the job ends, and the same
-        # command goes on.)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        device_id = device if device.type == "cuda" else None
-        group = {"timeout": timedelta(hours=1), "device_id": device_id}
-        torch.distributed.init_process_group(backend, **group)
+        # (In mining and evaluation for all of its share; after an hour the job can be resumed.)
+        torch.distributed.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            timeout=timedelta(hours=1),
+            device_id=device if on_cuda else None,
+        )
         # At exit, that is after success: an error does not come there (data.end_process).
         atexit.register(leave_group)
         # Ctrl-C ends a rank at once, also one that waits for others: Python's handler would not.
@@ -1443,27 +1349,23 @@ def leave_group() -> None:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute type for --dtype auto, float32 or bfloat16. auto is bfloat16 on CUDA from compute
     capability 8.0 (A100, RTX 30) on, where variable-length attention has kernels, else float32."""
-    recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    on_cuda = device.type == "cuda"
+    recent = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
         return torch.bfloat16 if recent else torch.float32
-    if name == "bfloat16" and device.type == "cuda" and not recent:
-        raise OSError(
-            "--dtype bfloat16: this card has no kernels for it (they want compute capability 8.0); "
-            "use float32"
-        )
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if name == "bfloat16" and on_cuda and not recent:
+        reason = "this card has no kernels for it (they want compute capability 8.0)"
+        raise OSError(f"--dtype bfloat16: {reason}; use float32")
+    return getattr(torch, name)
 
 
 def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
-    """The model as it trains: float32 master weights on the rank's device. `model` is as loaded to
-    the CPU, in its stored type, and is moved and converted block by block: beside a GPU, no float32
-    copy of it exists on the host.
-
-    With several ranks (FSDP2) every block's parameters, gradients and optimizer state are cut over
-    the ranks; blocks compute in `compute`; gradients are reduced in float32. A single rank stays
-    whole.
-    """
-    if ranks.world > 1:
+    """The model as it trains: float32 master weights on the rank's device. They are moved and
+    converted block by block, so that beside a GPU no float32 copy exists on the host. With several
+    ranks (FSDP2) the parameters, gradients and optimizer state of every block are cut over the
+    ranks; blocks compute in `compute`; gradients are reduced in float32."""
+    model.sharded = ranks.world > 1
+    if model.sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -1472,21 +1374,13 @@ def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
             param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     for block in sharded_blocks(model):
-        make_master_weights(block, ranks.device)
-        if ranks.world > 1:
+        for parameter in block.parameters():
+            # Not those of blocks within it, which have had their turn.
+            if parameter.device != ranks.device or parameter.dtype != torch.float32:
+                parameter.data = parameter.data.to(ranks.device).float()
+        if model.sharded:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-    model.sharded = ranks.world > 1
     return model
-
-
-def make_master_weights(block: nn.Module, device: torch.device) -> None:
-    """Move the block's parameters to the device and make them float32; those that are stay as they
-    are, among them those of blocks within it that are sharded already."""
-    for module in block.modules():
-        for name, old in module.named_parameters(recurse=False):
-            if old.device != device or old.dtype != torch.float32:
-                new = old.detach().to(device).float()
-                setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
 def full(parameter: Tensor) -> Tensor:
@@ -1507,9 +1401,8 @@ def replica(model: QwenVL, dtype: torch.dtype) -> QwenVL:
         if model.sharded:
             block.unshard()  # one gather for the whole block, in the type it computes in
         for target, parameter in zip(target_block.parameters(), block.parameters(), strict=True):
-            if hasattr(parameter, "full_tensor"):
-                continue  # it belongs to another block, which has had its turn
-            target.copy_(parameter)
+            if not hasattr(parameter, "full_tensor"):  # which is of a block that has had its turn
+                target.copy_(parameter)
         if model.sharded:
             block.reshard()
     return whole
