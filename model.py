@@ -35,6 +35,7 @@ from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
 from textwrap import shorten
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -150,20 +151,14 @@ class PackedAttention:
         keys        p p p p     p p p p a a   p p p p b b   p p p p c c c
 
     On CUDA in half precision that is one call for the whole row. Elsewhere it is one for each run
-    of equal segments: p; a and b together; c. record_kv keeps the keys and values of every layer.
+    of equal segments: p; a and b together; c.
     """
 
-    def __init__(
-        self, lengths: list[int], prefixes: list[int | None], causal: bool, device, record_kv=False
-    ):
+    def __init__(self, lengths: list[int], prefixes: list[int | None], causal: bool, device):
         self.lengths, self.prefixes = lengths, prefixes
         self.causal, self.device = causal, device
-        self.recorded_kv = [] if record_kv else None  # of every layer keys and values [T, K, d]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> Tensor:
-        if self.recorded_kv is not None:
-            # k is a view of a tensor that holds q, too: the copy lets go of q.
-            self.recorded_kv.append((k.contiguous(), v))
         if has_varlen(q):
             return self._in_one_call(q, k, v)
         return self._run_by_run(q, k, v)
@@ -605,11 +600,11 @@ class QwenVL(nn.Module):
         return rotation(torch.cat(turned, dim=-1))
 
 
-def row_attention(row, device, record_kv: bool = False) -> PackedAttention:
+def row_attention(row, device) -> PackedAttention:
     """The causal attention of a packed row."""
     lengths = [segment.length for segment in row.segments]
     prefixes = [segment.prefix for segment in row.segments]
-    return PackedAttention(lengths, prefixes, True, device, record_kv)
+    return PackedAttention(lengths, prefixes, True, device)
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -624,17 +619,12 @@ class Completion:
     finished: bool  # False if cut off at max_new_tokens
 
 
-# The nucleus nearly always lies in so many tokens. To find these is much cheaper than to sort all.
-NUCLEUS_TOKENS = 1024
+NUCLEUS_TOKENS = 1024  # The nucleus nearly always lies in so many. Sorting all costs much more.
 # Refilling and compacting copy the caches, so both wait until it is worth it:
 REFILL_SHARE = 1 / 4  # new prompts are taken when so much of the batch is free,
 COMPACT_SHARE = 1 / 8  # and finished branches are dropped when they are so much of the batch.
-# Keys and values take so much of a GPU's free memory; the rest is for prefills and logits.
-CACHE_SHARE = 0.6
-# So many tokens' keys and values are held at a time where the free memory is not known.
-CACHE_TOKENS = 2**20
-# Prompts are encoded in rows of about so many tokens.
-PREFILL_TOKENS = 8192
+CACHE_SHARE = 0.6  # of a GPU's free memory for keys and values; the rest is for prefills and logits
+PREFILL_TOKENS = 8192  # of prompts, about, that are encoded in one forward pass
 
 
 @torch.no_grad()
@@ -663,14 +653,12 @@ def generate(
     log-probabilities at temperature 1. `watch` is called at every step with the new token of every
     branch. CheckpointError if the model's logits are not finite.
     """
-    batch, queue = DecodeBatch(model, n, max_new_tokens, seed), Peekable(prompts)
-    max_prompts = max(1, max_branches // n)
-    ended: dict[int, dict[int, Completion]] = {}  # by key and number, of prompts not handed out yet
     if cache_tokens is None:
         cache_tokens = free_cache_tokens(model)
+    batch = DecodeBatch(model, prompts, n, max_new_tokens, seed, max_branches, cache_tokens)
     while True:
         # 1. Refill: new prompts take the room of finished ones.
-        refill(batch, queue, max_prompts, cache_tokens)
+        batch.refill()
         if not batch.branches:
             return
         # 2. Draw every branch's next token. Here, once a step, the host waits for the device.
@@ -678,76 +666,22 @@ def generate(
         if watch:
             watch(tokens)
         # 3. Record them, and hand out the prompts of which all completions have ended.
-        for branch in batch.record(tokens, logprobs, stop_ids):
-            group = ended.setdefault(branch.key, {})
-            group[branch.number] = branch.completion(stop_ids)
-            if len(group) == n:
-                yield branch.key, [group[number] for number in range(n)]
-                del ended[branch.key]
+        for prompt in batch.record(tokens, logprobs, stop_ids):
+            yield prompt.key, [branch.completion for branch in prompt.branches]
         # 4. Compact: drop finished branches.
-        compact(batch)
+        batch.compact()
         # 5. Decode: the new tokens go through the layers.
         if batch.branches:
             batch.step()
 
 
-class Peekable:
-    """An iterable with a look at its next item, None at the end."""
-
-    def __init__(self, items: Iterable):
-        self._items = iter(items)
-        self.next = next(self._items, None)
-
-    def take(self):
-        item, self.next = self.next, next(self._items, None)
-        return item
-
-
-def refill(batch: "DecodeBatch", queue: Peekable, max_prompts: int, cache_tokens: int) -> None:
-    """Move prompts from the queue into the batch, once enough of it is free, as many as there is
-    room for."""
-    free_prompts = max_prompts - math.ceil(len(batch.branches) / batch.n)
-    free_cache = 1 - batch.cached_tokens([]) / cache_tokens
-    worth_it = free_prompts >= REFILL_SHARE * max_prompts and free_cache >= REFILL_SHARE
-    if batch.branches and not worth_it:
-        return
-    while prompts := take_prompts(batch, queue, free_prompts, cache_tokens):
-        batch.add_prompts(prompts)
-        free_prompts -= len(prompts)
-
-
-def take_prompts(
-    batch: "DecodeBatch", queue: Peekable, max_prompts: int, cache_tokens: int
-) -> list[tuple[int, object]]:
-    """The next prompts (key, row) for one prefill, as far as the caches will have room for them and
-    all their completions; an empty batch takes one in any case. The order is kept: a prompt too
-    long for the room that is left waits, and those behind it do, too."""
-    taken, lengths = [], []
-    while queue.next and len(taken) < max_prompts and sum(lengths) < PREFILL_TOKENS:
-        _, row = queue.next
-        lengths.append(len(row.ids))
-        full = batch.cached_tokens(lengths) > cache_tokens
-        if full and (batch.branches or taken):
-            break
-        taken.append(queue.take())
-    return taken
-
-
-def compact(batch: "DecodeBatch") -> None:
-    """Drop finished branches when they are many, or when one has no room for another token."""
-    running = [i for i, branch in enumerate(batch.branches) if not branch.done]
-    at_limit = any(branch.steps == batch.max_new_tokens for branch in batch.branches)
-    if at_limit or len(running) <= (1 - COMPACT_SHARE) * len(batch.branches):
-        batch.select(running)
-
-
 def free_cache_tokens(model: QwenVL) -> int:
     """How many tokens' keys and values fit: on a GPU into CACHE_SHARE of its free memory."""
-    if model.device.type != "cuda":
-        return CACHE_TOKENS
-    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    free = torch.cuda.mem_get_info(model.device)[0] + unused
-    config = model.config
+    config, device = model.config, model.device
+    if device.type != "cuda":
+        return 2**20  # the free memory is not known
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
     layer = 2 * config.num_key_value_heads * config.head_dim * model.head.itemsize  # bytes a token
     return max(1, int(CACHE_SHARE * free) // (config.num_hidden_layers * layer))
 
@@ -759,39 +693,26 @@ def draw_tokens(
     batch: "DecodeBatch", temperature: float, top_p: float, banned: tuple[int, ...]
 ) -> tuple[list[int], list[float]]:
     """The next token of every branch, and its log-probability at the temperature and before top-p;
-    both as lists, and the tokens in the batch's state. Temperature 0 takes the most likely one.
-    CheckpointError for logits that are not finite."""
+    both as lists, and the tokens in the batch's state. Temperature 0 takes the most likely one."""
     state = batch.state
     logits = scaled_logits(state.hidden, batch.model.head, temperature or 1.0, banned)
     all_logprobs, vocabulary = logits.log_softmax(-1), logits.shape[1]  # [B, V]
-    truncated = temperature > 0 and top_p < 1
-
-    def drawn(nucleus_tokens: int) -> list[list[float]]:
-        """[2][B]: tokens, log-probabilities; [3][B] if truncated: was the nucleus found, too."""
-        is_found = []
-        if temperature:
-            probs = all_logprobs.exp()
-            if truncated:
-                probs, found = nucleus(probs, top_p, nucleus_tokens)
-                is_found.append(found.float())
-            uniform = state.random.gather(1, state.index[:, None]).squeeze(1)
-            state.token = draw(probs, uniform)
+    uniform = state.random.gather(1, state.index[:, None]).squeeze(1)  # [B]
+    for nucleus_tokens in (min(NUCLEUS_TOKENS, vocabulary), vocabulary):
+        found = []
+        if temperature == 0:
+            token = logits.argmax(-1)
+        elif top_p >= 1:
+            token = draw(all_logprobs.exp(), uniform)
         else:
-            state.token = logits.argmax(-1)
-        logprobs = all_logprobs.gather(1, state.token[:, None]).squeeze(1)
+            probs, is_found = nucleus(all_logprobs.exp(), top_p, nucleus_tokens)
+            token, found = draw(probs, uniform), [is_found.float()]
+        chosen = all_logprobs.gather(1, token[:, None]).squeeze(1)
         # One tensor makes one wait; float32 holds every token id exactly.
-        return torch.stack([state.token.float(), logprobs, *is_found]).tolist()
-
-    results = drawn(min(NUCLEUS_TOKENS, vocabulary))
-    if truncated and not all(results[2]):  # a flat distribution: once more, with all tokens
-        results = drawn(vocabulary)
-    tokens, logprobs = results[:2]
-    for branch, logprob in zip(batch.branches, logprobs):
-        if not math.isfinite(logprob):
-            raise CheckpointError(
-                f"prompt {branch.key}: after {branch.steps} tokens "
-                "the model's logits are no numbers"
-            )
+        tokens, logprobs, *found = torch.stack([token.float(), chosen, *found]).tolist()
+        if all(map(all, found)):  # else a distribution is flat: once more, with all tokens
+            break
+    batch.state = state._replace(token=token)
     return [int(token) for token in tokens], logprobs
 
 
@@ -812,7 +733,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     Probabilities that are not numbers give some token, whose log-probability is none either."""
     cumulative = probs.cumsum(-1)
     point = uniform * (1 - 2.0**-20) * cumulative[:, -1]  # strictly inside, whatever the rounding
-    token = torch.searchsorted(cumulative, point[:, None], right=True).clamp(max=probs.shape[1] - 1)
+    token = torch.searchsorted(cumulative, point[:, None], right=True)  # [B, 1]
+    token = token.clamp(max=probs.shape[1] - 1)
     # A parallel cumsum is not monotone to the last bit: a token of probability 0 may be hit.
     impossible = probs.gather(1, token) == 0
     return torch.where(impossible, probs.argmax(-1, keepdim=True), token).squeeze(1)
@@ -829,24 +751,27 @@ def random_stream(seed: int, key: int, branch: int, length: int) -> Tensor:
 # ---- the batch that is decoded
 
 
-@dataclass
-class Branch:
-    """One completion while it is generated."""
+@dataclass(eq=False)
+class Prompt:
+    """A prompt that is being answered."""
 
-    key: int  # the caller's name of its prompt
-    number: int  # among the completions of its prompt
-    prompt: int  # row of its prompt in the prompts' cache
+    key: int  # the caller's name of it
+    length: int  # tokens
+    running: int  # branches that have not ended
+    branches: list["Branch"]  # [n]
+
+
+@dataclass(eq=False)
+class Branch:
+    """One completion while it is generated. It goes on after its end, until it is dropped."""
+
+    prompt: Prompt
     ids: list[int]
     logprobs: list[float]
-    steps: int = 0  # tokens drawn, those after its end included
-    done: bool = False
-
-    def completion(self, stop_ids: tuple[int, ...]) -> Completion:
-        return Completion(self.ids, torch.tensor(self.logprobs), self.ids[-1] in stop_ids)
+    completion: Completion | None = None  # once it has ended
 
 
-@dataclass
-class DecodeState:
+class DecodeState(NamedTuple):
     """What the device knows of every branch."""
 
     hidden: Tensor  # [B, D] that the token at `index` is drawn from
@@ -855,134 +780,155 @@ class DecodeState:
     index: Tensor  # [B] its place among the branch's own tokens
     random: Tensor  # [B, max_new_tokens] uniform numbers
 
-    def append(self, new: "DecodeState") -> "DecodeState":
-        pairs = zip(vars(self).values(), vars(new).values())
-        return DecodeState(*(torch.cat(pair) for pair in pairs))
-
-    def select(self, branches: Tensor) -> "DecodeState":
-        return DecodeState(*(values[branches] for values in vars(self).values()))
-
 
 class DecodeBatch:
     """B branches of N prompts, sorted by prompt. Each prompt's keys and values exist once; each
     branch adds those of its own tokens. With two branches of one prompt and one of another:
 
-        prompts' cache [N, C, K, d]      own cache [B, C, K, d]      Branch.prompt
-          row 0: p p p p .                 row 0: a a .                0
-                                           row 1: b b b                0
-          row 1: q q q q q                 row 2: c . .                1
+        prompt_cache [N, C, K, d]       own_cache [B, C, K, d]
+          row 0: p p p p .                row 0: a a .
+                                          row 1: b b b
+          row 1: q q q q q                row 2: c . .
 
     A branch's query attends to its own row and to its prompt's; `attend` joins the two. The host
     knows every branch's tokens (branches), the device its newest one (state).
     """
 
-    def __init__(self, model: QwenVL, n: int, max_new_tokens: int, seed: int):
+    def __init__(self, model: QwenVL, prompts, n, max_new_tokens, seed, max_branches, cache_tokens):
+        """The arguments are those of `generate`."""
         self.model, self.n, self.max_new_tokens, self.seed = model, n, max_new_tokens, seed
+        self.max_prompts, self.cache_tokens = max(1, max_branches // n), cache_tokens
+        self.queue = iter(prompts)
+        self.upcoming = next(self.queue, None)  # the first (key, row) that is not in the batch yet
+        self.prompts: list[Prompt] = []
         self.branches: list[Branch] = []
         self.state: DecodeState | None = None
-        self.own, self.prompts = KVCache(), KVCache()
-        self.prompt_lengths: list[int] = []
+        self.prompt_cache, self.own_cache = KVCache(model), KVCache(model)
 
-    def cached_tokens(self, new_lengths: list[int]) -> int:
+    def cached_tokens(self, *new_lengths: int) -> int:
         """Tokens in the caches once all branches are as long as they may, with new prompts, too."""
-        lengths = self.prompt_lengths + new_lengths
+        lengths = [*(prompt.length for prompt in self.prompts), *new_lengths]
         branches = len(self.branches) + len(new_lengths) * self.n
         return len(lengths) * max(lengths, default=0) + branches * self.max_new_tokens
 
-    def add_prompts(self, prompts: list[tuple[int, object]]) -> None:
-        """Encode new prompts (key, row) and open n branches of every one."""
-        # 1. One forward pass over all of them, packed, which records keys and values.
-        model, device, rows = self.model, self.model.device, [row for _, row in prompts]
-        row, lengths = rows[0].join(*rows[1:]), [len(row.ids) for row in rows]
-        attention = row_attention(row, device, record_kv=True)
-        hidden = model.hidden(row, attention)  # [T, D]
-        # 2. Cut these into a row of the cache per prompt. Behind a shorter prompt stand the keys of
-        # other tokens: attention stops at its length.
-        starts = torch.tensor([segment.start for segment in row.segments])
-        tokens = torch.arange(max(lengths)) + starts[:, None]  # [new prompts, longest]
-        tokens = tokens.clamp(max=len(row.ids) - 1).to(device)
-        heads = attention.recorded_kv[0][0].shape[1:]  # K, d
-        self.prompts.append([(k[tokens], v[tokens]) for k, v in drain(attention.recorded_kv)])
-        # 3. Open the branches. A prompt ends in text, whose three coordinates are equal.
-        names = [(key, number) for key, _ in prompts for number in range(self.n)]
-        for i, (key, number) in enumerate(names):
-            prompt = len(self.prompt_lengths) + i // self.n
-            self.branches.append(Branch(key, number, prompt, [], []))
-        self.prompt_lengths += lengths
-        own = hidden.new_zeros(len(names), max(1, self.own.capacity), *heads)
-        self.own.append([(own, own) for _ in model.model.layers])
-        last = (starts + torch.tensor(lengths) - 1).repeat_interleave(self.n)  # [new branches]
-        random = [random_stream(self.seed, *name, self.max_new_tokens) for name in names]
+    def refill(self) -> None:
+        """Once enough of the batch is free, take prompts from the queue, as many as the caches will
+        have room for with all their completions; an empty batch takes one in any case. The order is
+        kept: a prompt too long for the room that is left waits, and those behind it do, too."""
+        free_prompts = self.max_prompts - math.ceil(len(self.branches) / self.n)
+        free_cache = 1 - self.cached_tokens() / self.cache_tokens
+        if self.branches and min(free_prompts / self.max_prompts, free_cache) < REFILL_SHARE:
+            return
+        rows = []  # of new prompts, until they are encoded
+        while self.upcoming and free_prompts > 0:
+            key, row = self.upcoming
+            if self.branches and self.cached_tokens(len(row.ids)) > self.cache_tokens:
+                break
+            prompt = Prompt(key, len(row.ids), self.n, [])
+            prompt.branches += [Branch(prompt, [], []) for _ in range(self.n)]
+            self.prompts.append(prompt)
+            self.branches += prompt.branches
+            rows.append(row)
+            if sum(len(row.ids) for row in rows) >= PREFILL_TOKENS:
+                self.prefill(rows)
+                rows = []
+            self.upcoming = next(self.queue, None)
+            free_prompts -= 1
+        if rows:
+            self.prefill(rows)
+
+    def prefill(self, rows: list) -> None:
+        """Encode the newest prompts, whose rows these are, so that their branches can start."""
+        # 1. One forward pass over all rows, packed, fills the prompts' cache.
+        self.arrange_caches()
+        lengths = [len(row.ids) for row in rows]
+        row, device = rows[0].join(*rows[1:]), self.model.device
+        packed_attention = row_attention(row, device)
+
+        def attend(q, k, v, layer):
+            cache = self.prompt_cache.layers[layer][:, -len(rows) :]  # [2, new prompts, C, K, d]
+            for i, new in enumerate(torch.stack([k, v]).split(lengths, dim=1)):
+                cache[:, i, : lengths[i]] = new
+            return packed_attention(q, k, v)
+
+        hidden = self.model.hidden(row, attend)  # [T, D]
+        # 2. Branches start at the prompts' last tokens. These are text: all coordinates are equal.
+        last = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(self.n)  # [new branches]
+        zeros = torch.zeros_like(last).to(device)
+        random = []
+        for prompt in self.prompts[-len(rows) :]:
+            for i in range(self.n):
+                random.append(random_stream(self.seed, prompt.key, i, self.max_new_tokens))
         new = DecodeState(
             hidden=hidden[last.to(device)],
-            token=torch.zeros_like(last).to(device),
+            token=zeros,
             position=(row.positions[0, last] + 1).to(device),
-            index=torch.zeros_like(last).to(device),
+            index=zeros,
             random=torch.stack(random).to(device),
         )
-        self.state = new if self.state is None else self.state.append(new)
-        self._prepare()
+        if self.state:
+            new = DecodeState(*map(torch.cat, zip(self.state, new)))
+        self.state = new
 
-    def record(self, tokens: list[int], logprobs: list[float], stop_ids) -> list[Branch]:
-        """Note the new token of every branch; returns the branches that end with it."""
-        ended = []
+    def record(self, tokens: list[int], logprobs: list[float], stop_ids) -> Iterator[Prompt]:
+        """Note the new token of every branch; yields the prompts whose last branch ends with it.
+        CheckpointError for a log-probability that is not finite."""
         for branch, token, logprob in zip(self.branches, tokens, logprobs):
-            branch.steps += 1
-            if branch.done:
-                continue
+            if not math.isfinite(logprob):
+                place = f"prompt {branch.prompt.key}: after {len(branch.ids)} tokens"
+                raise CheckpointError(f"{place} the model's logits are no numbers")
             branch.ids.append(token)
             branch.logprobs.append(logprob)
-            if token in stop_ids or len(branch.ids) == self.max_new_tokens:
-                branch.done = True
-                ended.append(branch)
-        return ended
+            finished = token in stop_ids
+            ends = finished or len(branch.ids) == self.max_new_tokens
+            if ends and branch.completion is None:
+                scores = torch.tensor(branch.logprobs)
+                branch.completion = Completion(branch.ids.copy(), scores, finished)
+                branch.prompt.running -= 1
+                if branch.prompt.running == 0:
+                    yield branch.prompt
 
-    def select(self, branches: list[int]) -> None:
-        """Keep these branches (ascending), and the prompts that still have one."""
-        index = torch.tensor(branches, dtype=torch.long, device=self.model.device)
-        self.branches = [self.branches[i] for i in branches]
-        self.state = self.state.select(index)
-        self.own.change(self.own.capacity, index)
-        used = sorted({branch.prompt for branch in self.branches})
-        if len(used) < len(self.prompt_lengths):
-            self.prompt_lengths = [self.prompt_lengths[i] for i in used]
-            index = torch.tensor(used, dtype=torch.long, device=self.model.device)
-            self.prompts.change(max(self.prompt_lengths, default=0), index)
-            for branch in self.branches:
-                branch.prompt = used.index(branch.prompt)
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """What attention needs to know of which branch belongs to which prompt."""
-        if not self.branches:
+    def compact(self) -> None:
+        """Drop finished branches when they are many, or when one has no room for another token; and
+        the prompts of which no branch is left."""
+        running = [i for i, branch in enumerate(self.branches) if branch.completion is None]
+        full = any(len(branch.ids) == self.max_new_tokens for branch in self.branches)
+        if not full and len(running) > (1 - COMPACT_SHARE) * len(self.branches):
             return
-        device, varlen = self.model.device, has_varlen(self.state.hidden)
-        own_rows = list(range(len(self.branches)))
-        self.rows = torch.arange(len(own_rows), device=device)
-        self.own_attention = CachedAttention(own_rows, device, varlen)
-        prompt_rows = [branch.prompt for branch in self.branches]
-        self.prompt_attention = CachedAttention(prompt_rows, device, varlen)
-        lengths, longest = self.prompt_lengths, max(self.prompt_lengths)
-        keys = torch.tensor(lengths, dtype=torch.int32, device=device)
-        ragged = min(lengths) < longest
-        self.prompt_attention.set_lengths(keys, longest, self.prompts.capacity, ragged)
+        unanswered = [i for i, prompt in enumerate(self.prompts) if prompt.running]
+        self.branches = [self.branches[i] for i in running]
+        self.prompts = [self.prompts[i] for i in unanswered]
+        running = torch.tensor(running, device=self.model.device).long()
+        unanswered = torch.tensor(unanswered, device=self.model.device).long()
+        self.state = DecodeState(*(values[running] for values in self.state))
+        self.arrange_caches(running, unanswered)
+
+    def arrange_caches(self, branches: Tensor | None = None, prompts: Tensor | None = None) -> None:
+        """Give every branch and every prompt its row of a cache. branches, prompts: which of the
+        rows before stay (None: all); new ones follow them."""
+        device, count = self.model.device, len(self.branches)
+        self.rows = torch.arange(count, device=device)
+        self.own_cache.resize([1] * count, self.own_cache.capacity, branches)
+        lengths = [prompt.length for prompt in self.prompts]
+        counts = Counter(branch.prompt for branch in self.branches)
+        self.prompt_cache.resize(list(counts.values()), max(lengths, default=0), prompts)
+        self.prompt_cache.set_lengths(lengths, torch.tensor(lengths, device=device))
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
         state, model = self.state, self.model
-        steps = [branch.steps for branch in self.branches]
-        if max(steps) > self.own.capacity:
-            self.own.change(min(max(64, 2 * max(steps)), self.max_new_tokens))
-        self.newest = state.index  # [B], where the newest tokens stand in the own cache
-        state.index = self.newest + 1
-        ragged = min(steps) < max(steps)
-        self.own_attention.set_lengths(state.index.int(), max(steps), self.own.capacity, ragged)
+        lengths = [len(branch.ids) for branch in self.branches]
+        if max(lengths) > self.own_cache.capacity:
+            capacity = min(max(64, 2 * max(lengths)), self.max_new_tokens)
+            self.own_cache.resize([1] * len(lengths), capacity)
+        index = state.index + 1
+        self.own_cache.set_lengths(lengths, index)
         x = model.model.embed_tokens(state.token)  # [B, D]
         cos, sin = model.rope(state.position.expand(3, -1))
         for layer in model.model.layers:
             x = layer(x, cos, sin, self.attend)
-        state.hidden = model.model.norm(x)
-        state.position += 1
+        hidden, position = model.model.norm(x), state.position + 1
+        self.state = state._replace(hidden=hidden, position=position, index=index)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d].
@@ -991,11 +937,10 @@ class DecodeBatch:
         and Z_o. One softmax over both is their mean, weighted by Z_p / (Z_p + Z_o), which is
         sigmoid(log Z_p - log Z_o).
         """
-        own_keys, own_values = self.own.layers[layer]
-        own_keys[self.rows, self.newest] = k
-        own_values[self.rows, self.newest] = v
-        own_out, own_lse = self.own_attention(q, own_keys, own_values)
-        prompt_out, prompt_lse = self.prompt_attention(q, *self.prompts.layers[layer])
+        newest = torch.stack([k, v])  # [2, B, K, d]
+        self.own_cache.layers[layer][:, self.rows, self.state.index] = newest
+        own_out, own_lse = self.own_cache.attend(q, layer)
+        prompt_out, prompt_lse = self.prompt_cache.attend(q, layer)
         weight = torch.sigmoid(prompt_lse - own_lse)[..., None]
         # In float32: a part of small weight counts to many digits, too.
         return torch.lerp(own_out.float(), prompt_out.float(), weight).to(q.dtype)
@@ -1005,135 +950,90 @@ class DecodeBatch:
 
 
 class KVCache:
-    """Keys and values of R sequences, the rows: for every layer a pair of [R, C, K, d]. What lies
-    beyond a row's length is zero or another token's, and never counts."""
+    """Keys and values of R sequences, the rows, and the attention of B queries, each to one row.
 
-    def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []
+    layers: keys and values of every layer [2, R, C, K, d], in memory as attention reads them: for
+    variable-length attention token after token of a row; for the plain formula those of a key head
+    together. What lies beyond a row's length never counts.
 
-    @property
-    def capacity(self) -> int:
-        """Tokens per row."""
-        return self.layers[0][0].shape[1] if self.layers else 0
-
-    def append(self, new: list[tuple[Tensor, Tensor]]) -> None:
-        """Add rows: for every layer keys and values [new rows, t, K, d], whatever their t. The list
-        is emptied on the way, and layers are replaced one by one: two whole caches never exist."""
-        capacity = max(self.capacity, new[0][0].shape[1])
-        old = self.layers or [(k[:0], v[:0]) for k, v in new]
-        self.layers = []
-        while old:
-            pairs = zip(old.pop(0), new.pop(0))
-            self.layers.append(tuple(collect_rows([x, y], capacity) for x, y in pairs))
-
-    def change(self, capacity: int, rows: Tensor | None = None) -> None:
-        """Keep these rows (None: all), with this capacity; layer by layer, too."""
-        for i, pair in enumerate(self.layers):
-            self.layers[i] = ()
-            kept = pair if rows is None else [x[rows, :capacity] for x in pair]
-            self.layers[i] = tuple(collect_rows([x], capacity) for x in kept)
-
-
-def drain(items: list) -> Iterator:
-    """The items, each forgotten by the list when it is handed out."""
-    while items:
-        yield items.pop(0)
-
-
-def collect_rows(parts: list[Tensor], capacity: int) -> Tensor:
-    """The rows of all parts [rows, t, K, d] as one [all rows, capacity, K, d], cut or padded.
-
-    In memory it lies as attention reads it without a copy: for variable-length attention with the
-    tokens of a row one after the other; for the plain formula with those of a key head.
-    """
-    heads, size = parts[0].shape[2:]
-    rows = sum(len(part) for part in parts)
-    if has_varlen(parts[0]):
-        out = parts[0].new_zeros(rows, capacity, heads, size)
-    else:
-        out = parts[0].new_zeros(rows, heads, capacity, size).transpose(1, 2)
-    first = 0
-    for part in parts:
-        tokens = min(capacity, part.shape[1])
-        out[first : first + len(part), :tokens] = part[:, :tokens]
-        first += len(part)
-    return out
-
-
-class CachedAttention:
-    """Each of B queries attends to one row of a cache; the queries of one row do so together.
-
-    row_of: the row of every query, ascending, without gaps. For the cache of prompts above that is
-    [0, 0, 1]: queries 0 and 1 attend to row 0, query 2 to row 1. The plain formula wants as many
-    queries for each row, and takes query 2 twice: members [[0, 1], [2, 2]].
+    The queries of a row are neighbours. In the prompts' cache above, queries 0 and 1 attend to row
+    0 and query 2 to row 1: counts [2, 1]. The plain formula wants as many queries for each row, and
+    puts these at places 0, 1, 2 of 4.
     """
 
-    def __init__(self, row_of: list[int], device, varlen: bool):
-        self.varlen = varlen
-        counts = list(Counter(row_of).values())
-        first = [0, *accumulate(counts)]
-        self.max_queries = max(counts)  # of one row
-        self.same_counts = min(counts) == self.max_queries
-        if varlen:
-            self.query_ends = boundaries(counts, device)
-            self.row_numbers = torch.arange(len(counts) + 1, dtype=torch.int32, device=device)
-            return
-        slots = range(self.max_queries)
-        members = [[first[row] + min(i, n - 1) for i in slots] for row, n in enumerate(counts)]
-        self.members = torch.tensor(members, device=device)  # [R, max_queries]
-        self.row_of = torch.tensor(row_of, device=device)  # [B]
-        self.slot_of = torch.tensor([i - first[row] for i, row in enumerate(row_of)], device=device)
+    def __init__(self, model: QwenVL):
+        config, weight = model.config, model.head
+        empty = weight.new_zeros(2, 0, 0, config.num_key_value_heads, config.head_dim)
+        self.layers, self.capacity = [empty] * config.num_hidden_layers, 0
 
-    def set_lengths(self, lengths: Tensor, longest: int, capacity: int, ragged: bool) -> None:
-        """How many keys of each row count [R], int32; the most of them; the tokens that a row of
-        the cache has room for; and whether any row has fewer keys than the longest."""
-        self.lengths, self.longest, self.masked_keys = lengths, longest, None
-        if self.varlen:
-            self.key_starts = self.row_numbers * capacity  # of every row in the flattened cache
-        elif ragged:
-            tokens = torch.arange(longest, device=lengths.device)
-            self.masked_keys = tokens >= lengths[:, None, None, None]  # [R, 1, 1, longest]
+    def resize(self, counts: list[int], capacity: int, kept: Tensor | None = None) -> None:
+        """Make room for a row for each of the counts: of the queries, how many attend to it. Of the
+        rows before, those `kept` stay (None: all). Layers are replaced one by one: two whole caches
+        never exist."""
+        rows, device = len(counts), self.layers[0].device
+        for i, old in enumerate(self.layers):
+            heads, size = old.shape[3:]
+            if has_varlen(old):
+                new = old.new_zeros(2, rows, capacity, heads, size)
+            else:
+                new = old.new_zeros(2, rows, heads, capacity, size).transpose(2, 3)
+            if kept is not None:
+                old = old[:, kept, :capacity]
+            new[:, : old.shape[1], : old.shape[2]] = old
+            self.layers[i] = new
+        self.capacity, self.most_queries = capacity, max(counts, default=0)
+        self.query_ends = boundaries(counts, device)
+        self.row_ends = boundaries([capacity] * rows, device)
+        self.places = None
+        if len(set(counts)) > 1:
+            is_used = torch.arange(self.most_queries) < torch.tensor(counts)[:, None]
+            self.places = is_used.flatten().nonzero().squeeze(1).to(device)  # [B]
 
-    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, H, d], keys and values [R, C, K, d]. Returns the outputs [B, H, d] and the
-        logarithm of each softmax's normaliser [B, H], float32."""
-        if self.varlen:
+    def set_lengths(self, lengths: list[int], on_device: Tensor) -> None:
+        """How many keys of each row count [R], for the host and for the device."""
+        self.lengths, self.longest = on_device.int(), max(lengths, default=0)
+        self.masked_keys = None
+        if len(set(lengths)) > 1 and not has_varlen(self.layers[0]):
+            tokens = torch.arange(self.longest, device=on_device.device)
+            self.masked_keys = tokens >= on_device.view(-1, 1, 1, 1)  # [R, 1, 1, longest]
+
+    def attend(self, q: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """softmax(q k / sqrt(d)) v of queries q [B, H, d] over keys and values of a layer: [B, H,
+        d] in q's type, and the logarithms of the softmaxes' normalisers [B, H], float32."""
+        keys, values = self.layers[layer]  # [R, C, K, d]
+        if has_varlen(q):
             out, lse = varlen_attn(
                 q,
                 keys.flatten(0, 1),
                 values.flatten(0, 1),
                 self.query_ends,
-                self.key_starts,
-                self.max_queries,
+                self.row_ends,
+                self.most_queries,
                 self.longest,
                 return_aux=AuxRequest(lse=True),
                 enable_gqa=True,
                 seqused_k=self.lengths,
             )
             return out, lse.T
-        keys, values = keys[:, : self.longest], values[:, : self.longest]
-        if self.same_counts:
-            queries = q.unflatten(0, (-1, self.max_queries))  # [R, max_queries, H, d]
-            out, lse = plain_attention(queries, keys, values, self.masked_keys)
-            return out.flatten(0, 1), lse.flatten(0, 1)
-        out, lse = plain_attention(q[self.members], keys, values, self.masked_keys)
-        return out[self.row_of, self.slot_of], lse[self.row_of, self.slot_of]
-
-
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, masked_keys: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k / sqrt(d)) v, written out, in float32: queries [R, Q, H, d] attend to keys and
-    values [R, t, K, d], but not where masked_keys [R, 1, 1, t] -> [R, Q, H, d] in q's type, and the
-    logarithm of the normalisers [R, Q, H], float32."""
-    k, v = k.transpose(1, 2).float(), v.transpose(1, 2).float()  # [R, K, t, d]
-    groups = q.unflatten(2, (k.shape[1], -1)).transpose(1, 2)  # [R, K, Q, H / K, d]
-    scores = (groups.flatten(2, 3).float() * q.shape[-1] ** -0.5) @ k.mT  # [R, K, Q * H / K, t]
-    if masked_keys is not None:
-        scores = scores.masked_fill_(masked_keys, float("-inf"))
-    out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
-    out, lse = (x.unflatten(2, groups.shape[2:4]).transpose(1, 2).flatten(2, 3) for x in (out, lse))
-    return out.to(q.dtype), lse
+        # Written out, in float32: R rows, Q queries of each, K key heads, G query heads of each.
+        rows, _, heads, size = keys.shape
+        queries = q.float() * size**-0.5
+        if self.places is not None:
+            padded = queries.new_zeros(rows * self.most_queries, *q.shape[1:])
+            queries = padded.index_copy_(0, self.places, queries)
+        queries = queries.view(rows, self.most_queries, heads, -1, size).transpose(1, 2)
+        keys = keys[:, : self.longest].transpose(1, 2).float()  # [R, K, t, d]
+        values = values[:, : self.longest].transpose(1, 2).float()
+        scores = queries.flatten(2, 3) @ keys.mT  # [R, K, Q * G, t]
+        if self.masked_keys is not None:
+            scores.masked_fill_(self.masked_keys, float("-inf"))
+        out = (scores.softmax(-1) @ values).view(queries.shape)  # [R, K, Q, G, d]
+        lse = scores.logsumexp(-1).view(queries.shape[:-1])
+        out = out.transpose(1, 2).reshape(-1, q.shape[1], size)  # [R * Q, H, d]
+        lse = lse.transpose(1, 2).reshape(-1, q.shape[1])
+        if self.places is not None:
+            out, lse = out[self.places], lse[self.places]
+        return out.to(q.dtype), lse
 
 
 # ------------------------------------------------------------------------------------ checkpoints

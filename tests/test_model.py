@@ -893,17 +893,23 @@ def test_same_seed_same_tokens_however_batched(back_end, net):
     assert twice[0] != twice[1]  # the key, not the text, keys the draws
 
 
-@pytest.mark.parametrize("varlen", [False, True])
-def test_decoding_attention_equals_the_dense_one(varlen):
+def filled_cache(network, keys, values, lengths, counts):
+    """A cache whose layer 1 holds keys and values [R, t, K, d]."""
+    cache = ours.KVCache(network)
+    cache.resize(counts, keys.shape[1])
+    cache.layers[1].copy_(torch.stack([keys, values]))
+    cache.set_lengths(lengths, torch.tensor(lengths))
+    return cache
+
+
+def test_decoding_attention_equals_the_dense_one(back_end, net):
     """Rows of a cache of different lengths, asked by one, two and three branches; normalisers included."""
     draw = torch.Generator().manual_seed(0)
-    lengths, row_of = torch.tensor([5, 1, 9], dtype=torch.int32), [0, 1, 1, 1, 2, 2]
+    lengths, row_of = [5, 1, 9], [0, 1, 1, 1, 2, 2]
     q, keys, values = (
         torch.randn(*shape, 16, generator=draw) for shape in ((6, 4), (3, 12, 2), (3, 12, 2))
     )
-    attend = ours.CachedAttention(row_of, "cpu", varlen)
-    attend.set_lengths(lengths, 9, keys.shape[1], ragged=True)
-    out, lse = attend(q, keys, values)
+    out, lse = filled_cache(net, keys, values, lengths, [1, 3, 2]).attend(q, layer=1)
     for i, row in enumerate(row_of):
         k, v = (x[row, : lengths[row]].repeat_interleave(2, dim=1) for x in (keys, values))
         scores = torch.einsum("hd,thd->ht", q[i], k) / 4
@@ -913,43 +919,40 @@ def test_decoding_attention_equals_the_dense_one(varlen):
         )
 
 
-def test_decoding_in_half_precision_keeps_scores_in_float32():
+def test_decoding_in_half_precision_keeps_scores_in_float32(net):
     """Scores near 24 would be an eighth apart in bfloat16: the trainer's kernels do not round them either."""
     draw = torch.Generator().manual_seed(0)
-    q = 6 * torch.randn(2, 3, 4, 16, generator=draw).bfloat16()
+    q = 6 * torch.randn(2 * 3, 4, 16, generator=draw).bfloat16()
     k, v = (torch.randn(2, 40, 2, 16, generator=draw).bfloat16() for _ in range(2))
     half, exact = (
-        ours.plain_attention(q.to(t), k.to(t), v.to(t), None)
-        for t in (torch.bfloat16, torch.float32)
+        filled_cache(network, k, v, [40, 40], [3, 3]).attend(q.to(t), layer=1)
+        for network, t in ((copy.deepcopy(net).bfloat16(), torch.bfloat16), (net, torch.float32))
     )
     torch.testing.assert_close(half[1], exact[1], atol=1e-5, rtol=0)
     assert torch.equal(half[0], exact[0].bfloat16())
 
 
 @pytest.mark.parametrize(
-    "layers, rows, change",
+    "change",
     [
-        (12, 64, lambda cache, new: cache.change(512)),
-        (12, 64, lambda cache, new: cache.change(256, torch.arange(0, 64, 2))),
-        (12, 64, lambda cache, new: cache.append(new)),
+        lambda cache: cache.resize([1] * 64, 512),
+        lambda cache: cache.resize([1] * 32, 256, torch.arange(0, 64, 2)),
+        lambda cache: cache.resize([1] * 80, 256),
     ],
     ids=["grow", "compact", "append"],
 )
-def test_two_whole_caches_never_exist(layers, rows, change):
+def test_two_whole_caches_never_exist(change):
     """The peak is at most 1.1 times the larger cache; live storages are counted at every operation."""
-
-    def pairs(count):
-        return [tuple(torch.zeros(count, 256, 2, 16) for _ in range(2)) for _ in range(layers)]
-
-    cache, new = ours.KVCache(), pairs(16)
-    cache.append(pairs(rows))
+    with torch.device("meta"):
+        deep = ours.QwenVL(ours.Config.from_json(reference_config(num_hidden_layers=12).to_dict()))
+    cache = ours.KVCache(deep)
+    cache.layers = [layer.new_zeros(layer.shape, device="cpu") for layer in cache.layers]
+    cache.resize([1] * 64, 256)
+    before = sum(layer.nbytes for layer in cache.layers)
     with LiveBytes() as live:
-        live.watch(*(x for pair in cache.layers for x in pair))
-        change(cache, new)
-    sizes = [
-        sum(x.nbytes for pair in cache.layers for x in pair),
-        2 * layers * rows * 256 * 2 * 16 * 4,
-    ]
+        live.watch(*cache.layers)
+        change(cache)
+    sizes = [before, sum(layer.nbytes for layer in cache.layers)]
     assert live.peak <= 1.1 * max(sizes), (live.peak, sizes)
 
 
@@ -988,8 +991,9 @@ def test_the_caches_hold_no_more_than_they_may(net, monkeypatch):
     most, real = [], ours.DecodeBatch.step
 
     def step(self):
-        held = [cache.layers[0][0].shape[:2].numel() for cache in (self.prompts, self.own)]
-        most.append((sum(held), len(self.prompt_lengths)))
+        caches = self.prompt_cache, self.own_cache
+        held = [cache.layers[0][0].shape[:2].numel() for cache in caches]
+        most.append((sum(held), len(self.prompts)))
         real(self)
 
     monkeypatch.setattr(ours.DecodeBatch, "step", step)
