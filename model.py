@@ -136,6 +136,17 @@ def boundaries(lengths: list[int], device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
+class Run(NamedTuple):
+    """Equal neighbours among a row's segments, which one batched call serves: all of one length and
+    one prefix. A segment that others extend is a run of its own."""
+
+    first: int  # number of its first segment
+    count: int  # segments
+    length: int  # tokens of each
+    prefix: int | None  # number of the segment that they extend
+    mask: Tensor | None  # with a prefix, which keys each query sees [length, prefix's + length]
+
+
 class PackedAttention:
     """Attention over one packed row of segments, each of which sees itself and its prefix.
 
@@ -190,41 +201,39 @@ class PackedAttention:
         return varlen_attn(q, k, v, **sizes, window_size=window, enable_gqa=True)
 
     @cached_property
-    def _runs(self) -> list[tuple[list[int], Tensor | None]]:
-        """The numbers of equal neighbours (one length, one prefix; a segment that others extend is
-        alone), and if they have a prefix which keys each query sees [length, prefix's + length]."""
-        runs = []
+    def _runs(self) -> list[Run]:
         extended = set(self.prefixes)
 
         def kind(i: int) -> tuple:
             return self.lengths[i], self.prefixes[i], i if i in extended else None
 
-        for (length, prefix, _), numbers in groupby(range(len(self.lengths)), kind):
+        runs = []
+        for (length, prefix, _), members in groupby(range(len(self.lengths)), kind):
+            first, *others = members
             mask = None
             if prefix is not None:
                 seen = self.lengths[prefix]
                 mask = torch.ones(length, seen + length, dtype=torch.bool, device=self.device)
                 mask = mask.tril(seen)
-            runs.append((list(numbers), mask))
+            runs.append(Run(first, 1 + len(others), length, prefix, mask))
         return runs
 
     def _run_by_run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tokens = [sum(self.lengths[i] for i in numbers) for numbers, _ in self._runs]
+        tokens = [run.count * run.length for run in self._runs]
         parts = zip(q.split(tokens), k.split(tokens), v.split(tokens))
-        keys_values = {}  # of every run by its first number, each [count, K, length, d]
+        keys_values = {}  # of every run, by its first segment: each [count, K, length, d]
         outputs = []
-        for (numbers, mask), qkv in zip(self._runs, parts):
-            first, count = numbers[0], len(numbers)
-            q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv)
-            keys_values[first] = (k, v)
-            if mask is not None:  # the prefix's keys and values stand before those of every segment
-                k, v = (
-                    torch.cat([prefix.expand(count, -1, -1, -1), own], dim=2)
-                    for prefix, own in zip(keys_values[self.prefixes[first]], (k, v))
-                )
-            causal = self.causal and mask is None
+        for run, qkv in zip(self._runs, parts):
+            q, k, v = (x.unflatten(0, (run.count, -1)).transpose(1, 2) for x in qkv)
+            keys_values[run.first] = k, v
+            if run.prefix is not None:
+                # The prefix's keys and values stand before those of every segment.
+                prefix_k, prefix_v = keys_values[run.prefix]
+                k = torch.cat([prefix_k.expand(run.count, -1, -1, -1), k], dim=2)
+                v = torch.cat([prefix_v.expand(run.count, -1, -1, -1), v], dim=2)
+            causal = self.causal and run.prefix is None
             out = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=causal, enable_gqa=True
+                q, k, v, run.mask, is_causal=causal, enable_gqa=True
             )  # [count, H, length, d]
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)
@@ -898,12 +907,13 @@ class DecodeBatch:
         unanswered = [i for i, prompt in enumerate(self.prompts) if prompt.running]
         self.branches = [self.branches[i] for i in running]
         self.prompts = [self.prompts[i] for i in unanswered]
-        running = torch.tensor(running, device=self.model.device).long()
-        unanswered = torch.tensor(unanswered, device=self.model.device).long()
-        self.state = DecodeState(*(values[running] for values in self.state))
         self.arrange_caches(running, unanswered)
+        kept = torch.tensor(running, dtype=torch.long, device=self.model.device)
+        self.state = DecodeState(*(values[kept] for values in self.state))
 
-    def arrange_caches(self, branches: Tensor | None = None, prompts: Tensor | None = None) -> None:
+    def arrange_caches(
+        self, branches: list[int] | None = None, prompts: list[int] | None = None
+    ) -> None:
         """Give every branch and every prompt its row of a cache. branches, prompts: which of the
         rows before stay (None: all); new ones follow them."""
         device, count = self.model.device, len(self.branches)
@@ -966,21 +976,16 @@ class KVCache:
         empty = weight.new_zeros(2, 0, 0, config.num_key_value_heads, config.head_dim)
         self.layers, self.capacity = [empty] * config.num_hidden_layers, 0
 
-    def resize(self, counts: list[int], capacity: int, kept: Tensor | None = None) -> None:
+    def resize(self, counts: list[int], capacity: int, kept: list[int] | None = None) -> None:
         """Make room for a row for each of the counts: of the queries, how many attend to it. Of the
         rows before, those `kept` stay (None: all). Layers are replaced one by one: two whole caches
-        never exist."""
+        never exist. Nothing is copied where rows and capacity stay as they are."""
         rows, device = len(counts), self.layers[0].device
+        if kept is not None:
+            kept = torch.tensor(kept, dtype=torch.long, device=device)
         for i, old in enumerate(self.layers):
-            heads, size = old.shape[3:]
-            if has_varlen(old):
-                new = old.new_zeros(2, rows, capacity, heads, size)
-            else:
-                new = old.new_zeros(2, rows, heads, capacity, size).transpose(2, 3)
-            if kept is not None:
-                old = old[:, kept, :capacity]
-            new[:, : old.shape[1], : old.shape[2]] = old
-            self.layers[i] = new
+            if (rows, capacity) != old.shape[1:3]:
+                self.layers[i] = self.resized(old, rows, capacity, kept)
         self.capacity, self.most_queries = capacity, max(counts, default=0)
         self.query_ends = boundaries(counts, device)
         self.row_ends = boundaries([capacity] * rows, device)
@@ -988,6 +993,19 @@ class KVCache:
         if len(set(counts)) > 1:
             is_used = torch.arange(self.most_queries) < torch.tensor(counts)[:, None]
             self.places = is_used.flatten().nonzero().squeeze(1).to(device)  # [B]
+
+    @staticmethod
+    def resized(old: Tensor, rows: int, capacity: int, kept: Tensor | None) -> Tensor:
+        """A layer [2, rows, capacity, K, d], whose first rows are those of `old` that are kept."""
+        heads, size = old.shape[3:]
+        if has_varlen(old):
+            new = old.new_zeros(2, rows, capacity, heads, size)
+        else:
+            new = old.new_zeros(2, rows, heads, capacity, size).transpose(2, 3)
+        if kept is not None:
+            old = old[:, kept, :capacity]
+        new[:, : old.shape[1], : old.shape[2]] = old
+        return new
 
     def set_lengths(self, lengths: list[int], on_device: Tensor) -> None:
         """How many keys of each row count [R], for the host and for the device."""
