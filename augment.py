@@ -279,7 +279,7 @@ def main(cfg: Config) -> None:
     if not 0 <= cfg.augmented_share < 1 or not 0 <= cfg.random_share <= 1:
         raise InputError("--augmented-share must be in [0, 1), --random-share in [0, 1]")
     ranks, parts = start_ranks(cfg.device), Path(f"{cfg.out}.parts")
-    evaluate.check_paths(cfg, str(parts), cfg.out)
+    evaluate.check_paths(cfg, str(parts), [cfg.out])
     with data.lock_output(cfg.out) if ranks.rank == 0 else nullcontext():
         mined = mine_all(cfg, ranks, parts)
         if ranks.rank == 0:

@@ -66,7 +66,7 @@ between <think> and </think>, then the answers between <result> and </result>.""
 TARGET = "<think>\n{}\n</think>\n\n<result>\nAnswers:\nRequest: {}\nResponse: {}\n</result>"
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".json", ".jsonl", ".parquet")  # of released files
-LARGEST = 64 * 2**20  # bytes of an image, unpacked
+LARGEST = 64 * 2**20  # bytes of an image file, unzipped
 # What decoders raise for damaged files.
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError)
 DAMAGED += (struct.error, zlib.error, BadZipFile, Image.DecompressionBombError)
@@ -100,7 +100,7 @@ class Sample:
     image: str | None = None  # path relative to `folder`
     response: str | None = None
     request_label: str | None = None  # "harmful", "unharmful", or None: not labelled
-    response_label: str | None = None  # the same, or None: nothing to label
+    response_label: str | None = None  # the same; None also if there is nothing to label
     reasoning: str | None = None
     parents: tuple[str, ...] | None = None  # ids of the samples it was concatenated from
     folder: Path = Path(".")  # where its file lies; never written
@@ -169,10 +169,8 @@ def find_image(name: str, folder: Path, must_exist: bool = True) -> Path:
 
 
 def check_inputs(cfg: Any) -> None:
-    """InputError if --data is empty, or another stage has yet to make what this one reads."""
+    """InputError naming the command to run, if cfg.data or a stage's cfg.model is missing."""
     made_by = {
-        "data/train.jsonl": "data.py convert",
-        "data/test.jsonl": "data.py convert",
         "out/sft": "sft.py",
         "out/rl.jsonl": "augment.py",
         "out/guard": "grpo.py",
@@ -181,8 +179,8 @@ def check_inputs(cfg: Any) -> None:
     if not cfg.data:
         raise InputError("--data names no file")
     for path in (cfg.model, *cfg.data):
-        if path in made_by and not Path(path).exists():
-            command = f"`python {made_by[path]}`"
+        if not Path(path).exists() and (path in made_by or path != cfg.model):
+            command = f"`python {made_by.get(path, 'data.py convert')}`"
             raise InputError(f"there is no {path}: {command} makes it; or give --model and --data")
 
 
@@ -238,10 +236,13 @@ def unique_keys(pairs: list[tuple]) -> dict | InputError:
         check_unique([key for key, _ in pairs], "key")
     except InputError as error:
         return error
-    for _, value in pairs:
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, InputError):
-                return part
+    values = [value for _, value in pairs]
+    while values:
+        value = values.pop()
+        if isinstance(value, InputError):
+            return value
+        if isinstance(value, list):
+            values += value
     return dict(pairs)
 
 
@@ -280,8 +281,8 @@ def write_rejected(path: str | Path, stage: str, rows: list[dict]) -> Path:
     listed = Path(f"{path}.rejected-by-{stage}")  # which no glob for *.jsonl finds
     if rows:
         write_samples(listed, rows)
-    else:
-        listed.unlink(missing_ok=True)
+    elif listed.exists():  # the folder may be read-only
+        listed.unlink(missing_ok=True)  # several ranks may do so
     return listed
 
 
@@ -387,8 +388,8 @@ def prefetch(make: Callable, items: Iterable, workers: int | None = None) -> Ite
 
 def progress(items: Iterable | None, total: int, unit: str, show: bool = True) -> tqdm:
     """A progress bar over items (None: it moves by its update()), removed when it is closed. It is
-    shown if `show`, and stderr is a terminal or FORCE_PROGRESS is set."""
-    is_shown = show and (sys.stderr.isatty() or "FORCE_PROGRESS" in os.environ)
+    shown if `show`, and stderr is a terminal or FORCE_PROGRESS is 1."""
+    is_shown = show and (sys.stderr.isatty() or os.environ.get("FORCE_PROGRESS") == "1")
     return tqdm(items, total=total, unit=f" {unit}", leave=False, miniters=1, disable=not is_shown)
 
 
@@ -445,7 +446,8 @@ class Encoder:
         max_pixels: int | None = None,
     ):
         folder = locate(model)
-        config = ModelConfig.from_json(read_json(folder / "config.json"))
+        with as_input_error(f"{folder}/config.json: does not fit", TypeError, AttributeError):
+            config = ModelConfig.from_json(read_json(folder / "config.json"))
         self._load_tokenizer(folder, config)
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self._load_image_settings(folder, config, bounds)
@@ -503,9 +505,9 @@ class Encoder:
             is_finite = np.isfinite([self.mean, self.std]).all()
             if not is_finite or (self.std <= 0).any():
                 raise ValueError("not finite, or a deviation that is not above 0")
-            if not 0 < self.min_pixels <= self.max_pixels:
-                bounds = f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}"
-                raise ValueError(f"{bounds}; the first is above 0, and at most the second")
+        if not 0 < self.min_pixels <= self.max_pixels:
+            bounds = f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}"
+            raise InputError(f"{bounds}: the first must be above 0, and at most the second")
 
     def write(self, folder: str | Path) -> None:
         """Leave the instruction and the pixel bounds in a checkpoint directory."""
@@ -674,23 +676,27 @@ def read_records(
     """
     if not path.is_file():
         return []
-    content, records = path.read_bytes(), []
-    for number, line in enumerate(content.splitlines(keepends=True), 1):
+    records, line = [], b"\n"
+    content = path.read_bytes()
+    for number, line in enumerate(io.BytesIO(content), 1):  # cut at line feeds alone
         problem = f"{path}:{number}: damaged; remove the line or the file"
         with as_input_error(problem, ValueError, RecursionError):
             try:
                 record = json.loads(line.decode())
             except ValueError:
-                # What does not begin like a record may be all that a stranger's file holds.
+                # Only what begins like a record is torn; the rest may be a stranger's file.
                 is_torn = not line.endswith(b"\n") and line.startswith(b'{"'[: len(line)])
-                if is_torn and may_be_torn:
-                    break
-                raise
+                if not is_torn or not may_be_torn:
+                    raise
+                if repair:
+                    os.truncate(path, len(content) - len(line))
+                return records
             if not isinstance(record, dict) or not set(required) <= record.keys():
                 raise ValueError(f"want a JSON object with {', '.join(required)}")
         records.append(record)
-    if repair and not content.endswith(b"\n"):
-        write_samples(path, records)
+    if repair and not line.endswith(b"\n"):  # all that the last record lacks
+        with open(path, "ab") as file:
+            file.write(b"\n")
     return records
 
 
@@ -698,25 +704,28 @@ def drop_records_after(path: Path, step: int) -> None:
     """Cut a log back to the steps up to `step`, so that a resumed run writes each once."""
     if step == 0:
         path.unlink(missing_ok=True)
-    elif path.is_file():
-        records = read_records(path, ["step"])
-        with as_input_error(f"{path}: damaged, or start over with --fresh", TypeError):
-            kept = [record for record in records if record["step"] <= step]
+        return
+    records = read_records(path, ["step"], repair=True)
+    with as_input_error(f"{path}: damaged, or start over with --fresh", TypeError):
+        kept = [record for record in records if record["step"] <= step]
+    if len(kept) < len(records):
         write_samples(path, kept)
 
 
 @contextmanager
 def lock_output(out: str | Path) -> Iterator[None]:
-    """Hold an output file or folder for this process alone, by a lock on .NAME.lock beside it,
-    which ends with the process. InputError if another process has it."""
+    """Hold an output file or folder for this process alone in the block, by a lock on .NAME.lock
+    beside it, which ends with the process at the latest. InputError if another process has it."""
     import fcntl  # not on Windows
 
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_name(f".{out.name}.lock"), "ab") as file:
-        advice = "another run is writing to it; wait, or choose another --out"
-        with as_input_error(f"{out}: {advice}", BlockingIOError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            advice = "another run is writing to it; wait, or choose another --out"
+            raise InputError(f"{out}: {advice}") from error
         yield
 
 
@@ -777,16 +786,31 @@ def image_stamp(sample: Sample) -> list[int] | None:
     return [found.st_size, found.st_mtime_ns]
 
 
+def weights_digest(path: Path) -> str:
+    """A digest of a weight file that takes a fraction of a second for gigabytes: of its size, its
+    first MB (the header of safetensors) and 256 evenly spaced samples of 4 KB. It tells apart
+    trained, converted and cut files; a change of a few single numbers it can miss."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(2**20))
+        for i in range(256):
+            file.seek(max(0, size - 4096) * i // 255)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
 def model_digests(model: str) -> dict[str, str]:
-    """{name: digest} of the files that a checkpoint directory or hub id computes with. It takes
-    seconds for gigabytes of weights."""
+    """{name: digest} of the files that a checkpoint directory or hub id computes with."""
     folder = locate(model)
     names = (
         "config.json tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
         "preprocessor_config.json processor_config.json instruction.txt"
     ).split()
-    files = [folder / name for name in names] + sorted(folder.glob("*.safetensors"))
-    return {path.name: content_digest(path) for path in files if path.is_file()}
+    files = [folder / name for name in names]
+    digests = {path.name: content_digest(path) for path in files if path.is_file()}
+    weights = sorted(folder.glob("*.safetensors"))
+    return digests | {path.name: weights_digest(path) for path in weights}
 
 
 def inputs_digest(
@@ -861,7 +885,9 @@ def check_numbers(cfg: Any) -> None:
         least, most = LIMITS.get(entry.name, (smallest, 2**32 - 1))
         if not least <= value <= most:
             flag = entry.name.replace("_", "-")
-            raise InputError(f"argument --{flag}: {value} is not a number from {least} to {most}")
+            zero = "0, or " if entry.name == "temperature" else ""
+            wanted = f"{zero}a number from {least} to {most}"
+            raise InputError(f"argument --{flag}: {value} is not {wanted}")
 
 
 class Parser(HfArgumentParser):
@@ -895,7 +921,7 @@ class Parser(HfArgumentParser):
 
 @contextmanager
 def saving_memory(advice: str) -> Iterator[None]:
-    """Raise an out-of-memory error of the device again as an InputError that gives advice."""
+    """Raise an out-of-memory error of CUDA again as an InputError that gives advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -908,16 +934,17 @@ def halved(flag: str, value: int, least: int = 1) -> str:
     return f"{flag} {max(value // 2, least)} (now {value})" if value > least else ""
 
 
-def end_process(code: int, message: str) -> NoReturn:
-    """Print a message on stderr, and end with an exit code. One of several ranks does not close its
-    process group, which could wait for ranks that wait for this one; torchrun then ends the others:
-    SIGTERM, and after 30 seconds SIGKILL."""
+def end_process(code: int, message: str, delay: float = 0) -> NoReturn:
+    """Print a message on stderr, and end with an exit code; one of several ranks after a delay in
+    seconds. Such a rank does not close its process group, which could wait for ranks that wait for
+    it; torchrun then ends the others: SIGTERM, and after 30 seconds SIGKILL."""
     if not torch.distributed.is_initialized():
         print(message, end="", file=sys.stderr)
         sys.exit(code)
     try:
         print(message, end="", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        time.sleep(delay)
     finally:  # also if nobody reads what is printed any more
         os._exit(code)
 
@@ -965,8 +992,8 @@ def cli(config: type | dict, main: Callable | None = None) -> None:
         if not several:
             raise
         if has_lost_another(error):
-            time.sleep(2)  # as torchrun's report names the rank that ended first as the cause
-            end_process(1, f"error: {rank} another rank has ended; its message says why\n")
+            lost = f"error: {rank} another rank has ended; its message says why\n"
+            end_process(1, lost, delay=2)  # torchrun names the rank that ends first as the cause
         end_process(1, f"{rank}\n{traceback.format_exc()}")
 
 
@@ -982,7 +1009,9 @@ class ConvertConfig:
     task: Literal["auto", "prompt", "response", "both"] = option(
         "auto", "labels to keep; auto: both, or a row's only label for the task in the file's name"
     )
-    against: list[str] = option([], "converted files, such as tests, whose samples count as seen")
+    against: list[str] = option(
+        [], "converted files whose samples count as seen: tests, RL sets (with their parents)"
+    )
     drop_duplicates: bool = option(False, "leave out what is in --against, or earlier in this file")
 
 
@@ -993,7 +1022,7 @@ def convert(cfg: ConvertConfig) -> None:
     the same one."""
     # 1. Find the input files, make sure that no output is one of them, and find the images.
     root, instruction_file = fetch(cfg.input), f"{cfg.out}.instruction.txt"
-    files = released_files(root)
+    files = released_files(root, Path(cfg.out))
     for path in (cfg.out, instruction_file):
         check_output(path, [*files, *cfg.against, cfg.images or root])
     images = ImageIndex(root if root.is_dir() else root.parent)
@@ -1006,7 +1035,6 @@ def convert(cfg: ConvertConfig) -> None:
     # 2. Convert the rows, and write the samples and the instruction.
     with lock_output(cfg.out):
         samples, instructions = convert_rows(files, images, cfg)
-        write_samples(cfg.out, samples)
         Path(instruction_file).unlink(missing_ok=True)
         if len(instructions) > 1:
             print(f"no {instruction_file}: the rows carry {len(instructions)} instructions")
@@ -1023,8 +1051,8 @@ def convert(cfg: ConvertConfig) -> None:
 def convert_rows(
     files: list[Path], images: "ImageIndex", cfg: ConvertConfig
 ) -> tuple[list[Sample], set[bytes]]:
-    """The samples of released files, and the instructions of their rows. Lists the other rows, and
-    prints how many there are. InputError if no sample is left, or --against cannot be read."""
+    """Write the samples of released files, list the other rows, and print how many there are. The
+    samples, and the instructions of all rows. InputError if no sample is left."""
     # 1. What counts as seen: {content_key: (the first sample with it, the file of that one)}.
     seen = {}
     for path in cfg.against:
@@ -1047,23 +1075,22 @@ def convert_rows(
                 refused.append(origin | {"reason": str(error)})
                 continue
             instructions.add(instruction)
-            if first is not sample:
-                requests = {first.request_label, sample.request_label}
-                responses = {first.response_label, sample.response_label}
-                differ = {reward.HARMFUL, reward.UNHARMFUL} in (requests, responses)
-                how = "equal but for a label to" if differ else "equal to"
+            is_duplicate = first is not sample
+            if is_duplicate:
+                how = "equal but for a label to" if labels_differ(first, sample) else "equal to"
                 duplicates[f"{how} one in {where}"] += 1
-            if first is not sample and cfg.drop_duplicates:
+            if is_duplicate and cfg.drop_duplicates:
                 left_out.append(origin | {"reason": f"{how} {first.id} in {where}"})
             else:
                 samples.append(sample)
 
-    # 3. List what is not used, and report where every row is.
+    # 3. Write the samples, list what is not used, and report where every row is.
     rejected = refused + left_out
     listing = write_rejected(cfg.out, "convert", rejected)
     if not samples:
         reason = f", see {listing}; the first: {rejected[0]['reason']}" if rejected else ""
         raise InputError(f"{cfg.input}: none of its {len(rejected)} rows is left{reason}")
+    write_samples(cfg.out, samples)
     total = len(samples) + len(left_out)
     counts = "".join(f" + {n} {kind}" for kind, n in sorted(duplicates.items()))
     print(f"{total} samples = {total - duplicates.total()} met for the first time{counts}")
@@ -1071,6 +1098,13 @@ def convert_rows(
     listed = f", in {listing}" if rejected else ""
     print(f"{total + len(refused)} rows read = {len(samples)} in {cfg.out} + {counts}{listed}")
     return samples, instructions
+
+
+def labels_differ(one: Sample, other: Sample) -> bool:
+    """Whether both samples have a label for the same task, but not the same label."""
+    requests = {one.request_label, other.request_label}
+    responses = {one.response_label, other.response_label}
+    return {reward.HARMFUL, reward.UNHARMFUL} in (requests, responses)
 
 
 def content_key(sample: Sample) -> bytes:
@@ -1097,16 +1131,19 @@ def fetch(name: str) -> Path:
         return Path(snapshot_download(name, repo_type="dataset"))
 
 
-def released_files(root: Path) -> list[Path]:
-    """The file `root`, or the released files anywhere in the folder `root`. InputError for none, or
-    for what is no regular file."""
+def released_files(root: Path, out: Path) -> list[Path]:
+    """The file `root`, or the released files anywhere in the folder `root`, but for `out` if an
+    earlier conversion wrote it. InputError for none, or for what is no regular file."""
     found = [root]
     if root.is_dir():
         found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    files = regular_files(str(path) for path in found if not path.is_dir())
+    files = [Path(path) for path in regular_files(str(p) for p in found if not p.is_dir())]
+    own = [path for path in files if path != root and path.resolve() == out.resolve()]
+    if own and all(is_converted(row) for _, row in islice(released_rows(out), 1)):
+        files.remove(own[0])
     if not files:
         raise InputError(f"{root}: holds no {', '.join(SUFFIXES)} file to convert")
-    return [Path(file) for file in files]
+    return files
 
 
 def released_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -1136,14 +1173,14 @@ def convert_row(
 ) -> tuple[Sample, bytes]:
     """One row as released -> Sample, and its instruction as UTF-8 (empty if it has none).
     InputError where it cannot be read for certain."""
-    # 1. Instruction, request and response. The cut is at the last "AI assistant:" header, as it is
-    # requests that people plant such lines in. HarmImageTest and SPA-VL-Eval have no system
-    # message: their user messages begin with the instruction.
+    # 1. Instruction, request and response. The cut is at the last "AI assistant:" header, as people
+    # plant such lines in requests (a response that holds one is cut there). HarmImageTest and
+    # SPA-VL-Eval have no system message: their user messages begin with the instruction.
     messages = messages_by_role(row)
     user, output = str(messages["user"]), messages["assistant"]
     before = r"\s*(?P<instruction>)"
     if "system" not in messages:
-        before = r"(?:\s*|(?P<instruction>.*?)\n\n[ \t]*)"
+        before = r"(?:\s*|(?P<instruction>.*?)\n\n\s*)"
     exchange = r"Human user:\n(?P<request>.*)\n\nAI assistant:\n(?P<response>.*)"
     parts = re.fullmatch(before + exchange, user, re.DOTALL)
     if parts is None or not isinstance(output, (str, int, float)):
@@ -1177,7 +1214,7 @@ def messages_by_role(row: Any) -> dict[str, Any]:
     predecessor's corpus, `instruction`, `input` and `output`. InputError for any other row."""
     if isinstance(row, InputError):
         raise row
-    if isinstance(row, dict) and {"id", "source", "request"} <= row.keys() <= set(KEYS):
+    if is_converted(row):
         raise InputError("converted already: it has id, source and request")
     problem = "not a JSON object, or its messages are not a list of objects"
     with as_input_error(problem, AttributeError, LookupError, TypeError):
@@ -1189,6 +1226,11 @@ def messages_by_role(row: Any) -> dict[str, Any]:
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
         raise InputError(f"{len(roles)} messages that are not one exchange of user, assistant")
     return {message["role"]: message.get("content") for message in messages}
+
+
+def is_converted(row: Any) -> bool:
+    """Whether a row is a Sample already."""
+    return isinstance(row, dict) and {"id", "source", "request"} <= row.keys() <= set(KEYS)
 
 
 def released_labels(output: str, file_name: str, task: str, has_response: bool) -> dict[str, Any]:
@@ -1379,10 +1421,11 @@ def synthesize(cfg: SynthesizeConfig) -> None:
     have reasoning are copied. The same command again does what is missing or set aside.
     """
     check_output(cfg.out, [cfg.input])
+    address = server_address(cfg)
     samples = read_samples([cfg.input], cfg.skip_bad)
     if cfg.dry_run:
         return preview([sample for sample in samples if not sample.reasoning], cfg.model)
-    client = open_client(cfg)
+    client = open_client(cfg, address)
     with lock_output(cfg.out):
         finished = finished_ids(cfg, samples)
         missing = {sample.id: sample for sample in samples if sample.id not in finished}
@@ -1426,12 +1469,16 @@ def finished_ids(cfg: SynthesizeConfig, samples: list[Sample]) -> set[str]:
     rows = read_records(Path(cfg.out), ("id", "source", "request", "reasoning"), repair=True)
     records = read_records(Path(f"{cfg.out}.inputs"), ("id", "made_from"), repair=True)
     made_from = {str(record["id"]): record["made_from"] for record in records}
-    finished = {str(row["id"]): row for row in rows}
+    finished = set()
     samples_by_id = {sample.id: sample for sample in samples}
-    for id, row in finished.items():
-        with as_input_error(f"{cfg.out}: remove row {id!r}, or change --out", InputError):
+    for row in rows:
+        with as_input_error(f"{cfg.out}: remove row {row['id']!r}, or change --out", InputError):
+            id = from_json(row, Path(cfg.out).parent).id
             if not row["reasoning"]:
                 raise InputError("it has no reasoning")
+            if id in finished:
+                raise InputError("it is there twice")
+            finished.add(id)
             if id not in samples_by_id:
                 continue
             if not isinstance(made_from.get(id), dict):
@@ -1440,7 +1487,7 @@ def finished_ids(cfg: SynthesizeConfig, samples: list[Sample]) -> set[str]:
             changed = ", ".join(changed_inputs(made_from[id], now))
             if changed:
                 raise InputError(f"since it was made, {changed} changed in {cfg.input}")
-    return set(finished)
+    return finished
 
 
 def sample_digests(sample: Sample, model: str) -> dict[str, str]:
@@ -1544,7 +1591,19 @@ def build_request(sample: Sample, model: str, temperature: float = 0.0) -> dict[
     return {"model": model, "temperature": temperature, "messages": messages}
 
 
-def open_client(cfg: SynthesizeConfig) -> Any:
+def server_address(cfg: SynthesizeConfig) -> str:
+    """The address of the flag, or the environment's. InputError if it is none."""
+    address = cfg.base_url
+    if address is None:
+        address = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
+    with as_input_error(f"--base-url or OPENAI_BASE_URL {address!r} is no address", ValueError):
+        url = urlsplit(address)
+        if not re.fullmatch("(?i)https?://[!-~]+", address) or not url.hostname or url.port == 0:
+            raise ValueError("want one such as http://localhost:8000/v1")
+    return address
+
+
+def open_client(cfg: SynthesizeConfig, address: str) -> Any:
     """An AsyncOpenAI that tries again after 429, 5xx and lost connections, as Retry-After says. It
     raises TimeoutError if a whole reply takes over cfg.timeout seconds, however steadily its bytes
     drip, and ServerError if it has over MAX_REPLY bytes, decompressed."""
@@ -1567,13 +1626,6 @@ def open_client(cfg: SynthesizeConfig) -> Any:
 
     if not re.fullmatch("[!-~]+", os.environ.get("OPENAI_API_KEY", "")):
         raise InputError("set OPENAI_API_KEY to the server's key, or to none if it needs none")
-    address = cfg.base_url
-    if address is None:
-        address = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
-    with as_input_error(f"--base-url or OPENAI_BASE_URL {address!r} is no address", ValueError):
-        url = urlsplit(address)
-        if not re.fullmatch("(?i)https?://[!-~]+", address) or not url.hostname or url.port == 0:
-            raise ValueError("want one such as http://localhost:8000/v1")
     return AsyncOpenAI(
         base_url=address,
         max_retries=cfg.attempts - 1,

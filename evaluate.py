@@ -25,6 +25,7 @@ to --data later; to score those of several DIRs in one table, give all their --p
     # (a line is a JSON object with request, response, image: any path, id; all are optional)
 """
 
+import codecs
 import json
 import os
 import re
@@ -436,11 +437,12 @@ def judge_all(cfg: Config, device: torch.device) -> None:
         raise InputError("--request - reads whole exchanges: leave out --response and --image")
     guard, bad = load_guard(cfg, device), []
     for number, line in enumerate(sys.stdin.buffer, 1):
-        if not line.strip():
+        line = line.removeprefix(codecs.BOM_UTF8).strip()
+        if not line:
             continue
         try:
             with as_input_error("not valid JSON", ValueError, RecursionError):
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode())
             judge(*guard, read_exchange(row), cfg)
         except InputError as error:
             bad.append(number)
@@ -483,20 +485,17 @@ def read_folder(folder: Path) -> dict[str, dict]:
     return records
 
 
-def merge_files(folder: Path, records: dict[str, dict], wanted: dict[str, dict]) -> list[dict]:
-    """Put those of the records that are wanted (fields by exchange_key), which are returned, in
-    this order into predictions.jsonl; no other file of records is left."""
-    done = [records[key] | fields for key, fields in wanted.items() if key in records]
-    data.write_samples(folder / "predictions.jsonl", done)
+def merge_files(folder: Path, records: list[dict]) -> None:
+    """Put all records into predictions.jsonl; no other file of records is left."""
+    data.write_samples(folder / "predictions.jsonl", records)
     for path in record_files(folder):
         if path.name != "predictions.jsonl":
             path.unlink()
-    return done
 
 
 def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) -> None:
-    """Make `folder` ready for records of `wanted` (fields by exchange_key), and drop others of the
-    same data files. InputError if it holds records of other files, or of other settings."""
+    """Make `folder` ready for records of `wanted` (fields by exchange_key). InputError if it holds
+    records of other data files, or of other settings."""
     records = {} if fresh else read_folder(folder)
     header = folder / "predictions.settings.json"
     advice = "choose another --out, or drop them with --fresh"
@@ -510,7 +509,7 @@ def prepare(folder: Path, settings: dict, wanted: dict[str, dict], fresh: bool) 
         if key not in wanted and str(record["file"]) not in files:
             problem = f"it holds records of {record['file']}; name that in --data, too"
             raise InputError(f"{folder}: {problem}, {advice}")
-    merge_files(folder, records, wanted)  # before the settings: old records never get new ones
+    merge_files(folder, list(records.values()))  # before new settings, which old ones never get
     data.write_atomic(header, json.dumps(settings, indent=1) + "\n")
 
 
@@ -551,7 +550,8 @@ def collect(
         return []
     records = read_folder(folder)
     lost = [fields["id"] for key, fields in by_key.items() if key not in records]
-    merged = merge_files(folder, records, by_key)
+    merged = [records[key] | fields for key, fields in by_key.items() if key in records]
+    merge_files(folder, merged)  # without records of samples that have changed since
     if lost:
         problem = f"{len(lost)} of {len(wanted)} records were not made, the first is that of"
         raise InputError(f"{folder}: {problem} {lost[0]}; the same command again makes them")
@@ -561,14 +561,15 @@ def collect(
 # -------------------------------------------------- the stage: from flags to files
 
 
-def check_paths(cfg, folder: str, file: str) -> None:
-    """InputError if an input is missing, or if the output folder, or a file that is written at the
-    end, is an input or something else than that."""
+def check_paths(cfg, folder: str, files: list[str]) -> None:
+    """InputError if an input is missing, or if the output folder, or one of the files that are
+    written, is an input or something else than that."""
     inputs = [cfg.model, *cfg.data]
     if cfg.instruction:
         inputs.append(cfg.instruction)
-    data.check_output(file, inputs)
     data.check_output(folder, inputs, folder=True)
+    for file in files:
+        data.check_output(file, inputs)
     data.check_inputs(cfg)
 
 
@@ -693,7 +694,8 @@ def main(cfg: Config) -> None:
         judge_all(cfg, ranks.device)
         return
     out = "out/eval" if cfg.out is None else cfg.out
-    check_paths(cfg, out, f"{out}/results.json")
+    names = ("predictions.jsonl", "predictions.settings.json", "results.json")
+    check_paths(cfg, out, [f"{out}/{name}" for name in names])
     with data.lock_output(out) if ranks.rank == 0 else nullcontext():
         evaluate_files(cfg, out, ranks)
 

@@ -8,7 +8,7 @@ is cut into segments. A segment attends causally to itself and, if it has a pref
 segment that is its prefix. A `row` has what data.Row has: ids [T], positions [3, T], segments,
 supervised [T], pixels [P, 1176], grids (images only, so their time is 1), and join(*rows). It lies
 on the CPU, and what depends on its content is worked out there: the host waits for the device to
-copy what a forward pass needs, a fixed number of times, but never within a layer.
+copy what a forward pass needs, a fixed number of times: before the layers, or in the first of them.
 
 T  tokens of a row          D  hidden size           N  prompts that are being answered
 S  supervised tokens        H  heads                 B  branches: completions being generated
@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded as it stands; the message names the file or tensor."""
+    """A checkpoint that cannot be read, written or computed with; the message says where."""
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -147,12 +147,20 @@ class Run(NamedTuple):
     mask: Tensor | None  # with a prefix, which keys each query sees [length, prefix's + length]
 
 
+class KeyLayout(NamedTuple):
+    """The keys of all segments one after the other, as variable-length attention takes them."""
+
+    tokens: Tensor | None  # [all keys] the row's token of each; None: they are the row's
+    arguments: dict  # of varlen_attn: where queries and keys of each segment end, the longest
+
+
 class PackedAttention:
     """Attention over one packed row of segments, each of which sees itself and its prefix.
 
     lengths: tokens of every segment.
-    prefixes: for each segment the index of the segment it extends, or None; a prefix extends none.
-    causal: within its segment a token sees what stands before it, not everything (as in the tower).
+    prefixes: for each segment the index of the earlier one that it extends, or None; a prefix
+        extends none. Only in causal attention.
+    causal: a token sees itself and what stands before it; without, all of its segment (the tower).
 
     A call takes q [T, H, d], k and v [T, K, d] and returns [T, H, d]. A prompt p of 4 tokens with
     completions a, b, c of 2, 2 and 3 is lengths [4, 2, 2, 3] and prefixes [None, 0, 0, 0]. Each
@@ -175,9 +183,7 @@ class PackedAttention:
         return self._run_by_run(q, k, v)
 
     @cached_property
-    def _keys(self) -> tuple[Tensor | None, dict]:
-        """The token of every key drawn above [all keys], or None if no segment has a prefix; and
-        what varlen_attn has to know of the segments' queries and keys."""
+    def _keys(self) -> KeyLayout:
         tokens = torch.arange(sum(self.lengths)).split(self.lengths)
         keys = list(tokens)
         for i, prefix in enumerate(self.prefixes):
@@ -188,17 +194,17 @@ class PackedAttention:
         sizes["cu_seq_q"] = boundaries(self.lengths, self.device)
         sizes["cu_seq_k"] = boundaries(key_lengths, self.device)
         if key_lengths == self.lengths:
-            return None, sizes
-        return torch.cat(keys).to(self.device), sizes
+            return KeyLayout(None, sizes)
+        return KeyLayout(torch.cat(keys).to(self.device), sizes)
 
     def _in_one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        key_tokens, sizes = self._keys
-        if key_tokens is not None:
+        keys = self._keys
+        if keys.tokens is not None:
             # In float32: so the backward pass adds up in float32 the gradients that all completions
             # send to a token of their prompt.
-            k, v = (x.float().index_select(0, key_tokens).to(x.dtype) for x in (k, v))
+            k, v = (x.float().index_select(0, keys.tokens).to(x.dtype) for x in (k, v))
         window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal, aligned to the last key
-        return varlen_attn(q, k, v, **sizes, window_size=window, enable_gqa=True)
+        return varlen_attn(q, k, v, **keys.arguments, window_size=window, enable_gqa=True)
 
     @cached_property
     def _runs(self) -> list[Run]:
@@ -455,7 +461,8 @@ def scaled_logits(
     logits = F.linear(hidden, head).float()
     if temperature != 1:
         logits = logits / temperature
-    for token in banned:  # few, and no index has to travel to the device
+    # -inf would make the entropy NaN. The ids are few, and no index has to travel to the device.
+    for token in banned:
         logits[:, token] = -1e9
     return logits
 
@@ -653,14 +660,18 @@ def generate(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Sample n completions of every prompt; yields (key, completions) as prompts finish.
 
-    prompts: (key, row) pairs, taken from the iterable as there is room. max_branches: completions
-    that run at a time (at least those of one prompt), of which the caches hold at most cache_tokens
-    tokens, even if all became as long as they may (None: what fits the device); a prompt that does
-    not fit runs alone. The key also names the prompt's random numbers: what a prompt gets does not
+    prompts: (key, row) pairs, taken from the iterable as there is room.
+    temperature: 0 is greedy, with log-probabilities at temperature 1.
+    stop_ids: a completion ends with the first of these. banned: ids that are never drawn.
+    max_branches: completions that run at a time, at least those of one prompt.
+    cache_tokens: tokens in the caches, with every completion counted at its longest (None:
+        CACHE_SHARE of a GPU's free memory, elsewhere 2^20); a prompt that does not fit runs alone.
+    watch: called at every step with the new token of every branch.
+
+    Random numbers are those of (seed, key, number of the completion): what a prompt gets does not
     depend on its neighbours, on batching or on the number of ranks (on CUDA in distribution only:
-    kernels choose by shape, last bits differ, and then tokens). Temperature 0 is greedy, with
-    log-probabilities at temperature 1. `watch` is called at every step with the new token of every
-    branch. CheckpointError if the model's logits are not finite.
+    kernels choose by shape, last bits differ, and then tokens). CheckpointError if the model's
+    logits are not finite.
     """
     if cache_tokens is None:
         cache_tokens = free_cache_tokens(model)
@@ -670,7 +681,7 @@ def generate(
         batch.refill()
         if not batch.branches:
             return
-        # 2. Draw every branch's next token. Here, once a step, the host waits for the device.
+        # 2. Draw every branch's next token. In most steps the host waits for the device only here.
         tokens, logprobs = draw_tokens(batch, temperature, top_p, banned)
         if watch:
             watch(tokens)
@@ -691,8 +702,8 @@ def free_cache_tokens(model: QwenVL) -> int:
         return 2**20  # the free memory is not known
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    layer = 2 * config.num_key_value_heads * config.head_dim * model.head.itemsize  # bytes a token
-    return max(1, int(CACHE_SHARE * free) // (config.num_hidden_layers * layer))
+    of_a_layer = 2 * config.num_key_value_heads * config.head_dim * model.head.itemsize  # bytes
+    return max(1, int(CACHE_SHARE * free) // (config.num_hidden_layers * of_a_layer))
 
 
 # ---- drawing a token
@@ -781,11 +792,11 @@ class Branch:
 
 
 class DecodeState(NamedTuple):
-    """What the device knows of every branch."""
+    """What the device knows of every branch's newest token."""
 
-    hidden: Tensor  # [B, D] that the token at `index` is drawn from
-    token: Tensor  # [B] that token, once drawn
-    position: Tensor  # [B] its position; in text one number for all three coordinates
+    hidden: Tensor  # [B, D] that it is drawn from
+    token: Tensor  # [B] once it is drawn
+    position: Tensor  # [B] in text one number for all three coordinates
     index: Tensor  # [B] its place among the branch's own tokens
     random: Tensor  # [B, max_new_tokens] uniform numbers
 
@@ -931,6 +942,7 @@ class DecodeBatch:
         if max(lengths) > self.own_cache.capacity:
             capacity = min(max(64, 2 * max(lengths)), self.max_new_tokens)
             self.own_cache.resize([1] * len(lengths), capacity)
+        # The layers put the keys of the newest tokens to state.index: index + 1 then count.
         index = state.index + 1
         self.own_cache.set_lengths(lengths, index)
         x = model.model.embed_tokens(state.token)  # [B, D]
@@ -984,7 +996,8 @@ class KVCache:
         if kept is not None:
             kept = torch.tensor(kept, dtype=torch.long, device=device)
         for i, old in enumerate(self.layers):
-            if (rows, capacity) != old.shape[1:3]:
+            drops_rows = kept is not None and len(kept) < old.shape[1]
+            if drops_rows or (rows, capacity) != old.shape[1:3]:
                 self.layers[i] = self.resized(old, rows, capacity, kept)
         self.capacity, self.most_queries = capacity, max(counts, default=0)
         self.query_ends = boundaries(counts, device)
@@ -1107,9 +1120,9 @@ def outline(folder: Path) -> QwenVL:
 def load(path: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> QwenVL:
     """A model from a checkpoint directory or hub id; dtype None keeps the stored one.
 
-    The files are mapped, so no second copy of the weights is ever held: what needs neither
-    conversion nor a move stays there. CheckpointError names what is missing, unexpected, misshapen
-    or not finite.
+    The files are mapped: what needs neither conversion nor a move stays there, and beside the
+    mapping one tensor at a time is held twice. CheckpointError names the first tensors that are
+    missing, unexpected or misshapen, or one that is not finite.
     """
     folder = locate(path)
     model, tensors = outline(folder), read_tensors(folder)
@@ -1117,7 +1130,7 @@ def load(path: str, device: str | torch.device = "cpu", dtype: torch.dtype | Non
         tensors.pop("lm_head.weight", None)  # some files repeat the tied matrix
     try:
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # it names all tensors that do not fit
+    except RuntimeError as error:
         raise CheckpointError(f"{folder}: {shorten(str(error), 400)}") from error
     for name, parameter in model.named_parameters():
         if not torch.stack(parameter.data.aminmax()).isfinite().all():  # NaN comes through
@@ -1155,11 +1168,11 @@ def save(
     # the config that fits it.
     stored = next(iter(state.values())).dtype
     copy_small_files(source, folder, str(stored).removeprefix("torch."))
+    # A reader would take an earlier checkpoint's shards instead, as long as it finds their index.
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     os.replace(partial, final)
-    # An earlier checkpoint's shards, which a reader would take instead.
-    index, shards = folder / "model.safetensors.index.json", "model-*-of-*.safetensors"
-    for earlier in [index, *folder.glob(shards)]:
-        earlier.unlink(missing_ok=True)
+    for shard_of_before in folder.glob("model-*-of-*.safetensors"):
+        shard_of_before.unlink()
 
 
 def copy_small_files(source: Path, folder: Path, dtype: str) -> None:
@@ -1233,7 +1246,8 @@ def choose_device(name: str, local_rank: int | None) -> torch.device:
 
 
 def start_ranks(name: str = "auto") -> Ranks:
-    """Read torchrun's environment, choose the device and, with several ranks, join the group."""
+    """Read torchrun's environment, choose the device and, with several ranks, join the group until
+    the process ends, and let Ctrl-C end it at once."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(name, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
@@ -1308,21 +1322,22 @@ def full(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def replica(model: QwenVL, dtype: torch.dtype) -> QwenVL:
-    """An unsharded copy of the weights in `dtype` to generate with. A whole model of that dtype is
-    its own replica. Every rank must call."""
+    """An unsharded copy of the weights in `dtype` to generate with; of a whole model in that dtype
+    the model itself. Every rank must call."""
     if not model.sharded and next(model.parameters()).dtype == dtype:
         return model
     with torch.device("meta"):
         whole = QwenVL(model.config)
     whole = whole.to(dtype).to_empty(device=model.device).eval()
+    if not model.sharded:
+        whole.load_state_dict(model.state_dict())
+        return whole
     for block, target_block in zip(sharded_blocks(model), sharded_blocks(whole)):
-        if model.sharded:
-            block.unshard()  # one gather for the whole block, in the type it computes in
+        block.unshard()  # one gather for the whole block, in the type it computes in
         for target, parameter in zip(target_block.parameters(), block.parameters(), strict=True):
             if not hasattr(parameter, "full_tensor"):  # which is of a block that has had its turn
                 target.copy_(parameter)
-        if model.sharded:
-            block.reshard()
+        block.reshard()
     return whole
 
 

@@ -354,9 +354,13 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float)
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA A10": 125e12,
 }
 
 
@@ -489,7 +493,7 @@ class Run:
 
     def _last_whole(self) -> int:
         """The last step whose checkpoint is whole on every rank; 0 if there is no checkpoint yet.
-        Damaged ones after it are named on stderr, and removed. InputError if all are damaged."""
+        Damaged ones after it are named on stderr and set aside. InputError if all are damaged."""
         steps = self.ranks.gather(self._steps() if self.ranks.rank == 0 else [])
         damaged = []
         while steps and self.ranks.reduce(not is_sealed(self._part(self._at(steps[-1]))), "max"):
@@ -499,8 +503,8 @@ class Run:
             raise InputError(f"{names}: damaged, with no other left; {self.advice}")
         if damaged and self.ranks.rank == 0:
             print(f"{names}: damaged; going on from step {steps[-1]}", file=sys.stderr)
-            for folder in damaged:
-                shutil.rmtree(folder)
+            for folder in damaged:  # removed with the next checkpoint
+                folder.rename(folder.with_name(f"damaged-{folder.name}"))
         return steps[-1] if steps else 0
 
     def restore(self, model: QwenVL, optimizer) -> int:
@@ -540,12 +544,15 @@ class Run:
         write_state(self._part(partial), state)
         self.ranks.barrier()
         if self.ranks.rank == 0:
-            for path in (partial, *self.folder.glob("*.jsonl")):
+            logs = [self.folder / name for name in self.logs]
+            for path in (partial, *filter(Path.exists, logs)):
                 sync(path)
             partial.rename(self._at(step))
             sync(self.checkpoints)
             old = [self._at(earlier) for earlier in self._steps()[:-2]]
-            for folder in (*old, *self.checkpoints.glob("partial-*")):
+            for pattern in ("partial-*", "damaged-*"):
+                old += self.checkpoints.glob(pattern)
+            for folder in old:
                 shutil.rmtree(folder)
         self.ranks.barrier()
 

@@ -947,12 +947,10 @@ def test_convert_a_folder_in_place(tmp_path):
     )
     (tmp_path / "a.json").write_text(json.dumps([message_row(USER.format("Hi", "None"), answer())]))
     (tmp_path / "notes.txt").write_text("not data")
-    cfg = data.ConvertConfig(str(tmp_path), str(tmp_path / "out.jsonl"))
-    data.convert(cfg)
-    samples = data.read_samples([str(tmp_path / "out.jsonl")])
-    assert [(one.id, one.image) for one in samples] == [("a-1", None), ("b-1", "images/a.png")]
-    with pytest.raises(InputError, match="out.jsonl is or holds an input"):  # it does by now
-        data.convert(cfg)
+    for _ in range(2):  # the second run does not read the output of the first
+        data.convert(data.ConvertConfig(str(tmp_path), str(tmp_path / "out.jsonl")))
+        samples = data.read_samples([str(tmp_path / "out.jsonl")])
+        assert [(one.id, one.image) for one in samples] == [("a-1", None), ("b-1", "images/a.png")]
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["a.png"]  # not copied
 
 
@@ -1362,6 +1360,7 @@ def image_row(text, *images):
         (b'{"input": "x", "output": "harmful", "output": "unharmful"}', "'output' is there twice"),
         (b'{"messages": [{"role": "user", "role": "x"}]}', "'role' is there twice"),
         (b'{"images": [{"a": {"path": 1, "path": 2}}]}', "'path' is there twice"),
+        (b'{"input": [[{"path": 1, "path": 2}]]}', "'path' is there twice"),
         # not of the released formats
         (ROW, "converted already"),
     ],

@@ -439,10 +439,31 @@ def test_ranks_share_the_work_and_another_number_of_them_goes_on(tmp_path):
     evaluate.prepare(folder, {"seed": 0}, {}, fresh=False)  # what rank 0 does while the others wait
     assert run(folder, ranks=OneOf(1, 2))[0] == [3, 1]
     assert run(folder, ranks=OneOf(0, 2), kill_after=1)[0] == [4]
-    assert [r["id"] for r in lines(folder / "predictions.jsonl")] == list("134")  # already merged
+    merged = lines(folder / "predictions.jsonl")  # those of the other rank, and then its own
+    assert [r["id"] for r in merged] == ["3", "1", "4"]
     made, records = run(folder)
     assert made == [2, 0] and [r["id"] for r in records] == list("01234")
     assert [p.name for p in folder.glob("predictions*.jsonl")] == ["predictions.jsonl"]
+
+
+def test_what_is_there_is_dropped_only_once_the_rest_is_made(tmp_path):
+    """A run whose images look changed, stopped before it makes anything, loses nothing."""
+    run(tmp_path)
+    changed = [{**fields, "image_stamp": [1, 2]} for fields in WANTED]
+    assert run(tmp_path, changed, kill_after=0) == ([], None)
+    assert run(tmp_path)[0] == []
+    assert run(tmp_path, changed)[0] == [4, 3, 2, 1, 0]
+    assert len(lines(tmp_path / "predictions.jsonl")) == 5
+
+
+def test_a_carriage_return_in_a_record_is_damage_and_not_its_end(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    content = path.read_bytes().replace(b"text 1", b"text\r1")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="jsonl:2: damaged; remove the line"):
+        run(tmp_path)
+    assert path.read_bytes() == content
 
 
 def test_a_stranger_s_file_is_neither_read_nor_deleted(tmp_path):
@@ -898,7 +919,7 @@ def test_exchanges_on_standard_input(judging, world, capsys):
     out, err = capsys.readouterr()
     assert out.count(OUTPUTS[0]) == 3
     assert [f"error: line {n}: " in err for n in (3, 4, 13, 14)] == [False, True, True, False]
-    judging(b"\n\n", request="-", json=True)
+    judging(b"\xef\xbb\xbf\n\n", request="-", json=True)
     assert capsys.readouterr().out == ""
 
 

@@ -638,6 +638,8 @@ def test_wrong_use(tmp_path, monkeypatch):
         [(name, value)] = flags.items()
         with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} "):
             data.synthesize(replace(cfg, **flags))
+        with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} "):
+            data.synthesize(replace(cfg, dry_run=True, **flags))
     monkeypatch.setenv("OPENAI_BASE_URL", "nowhere")
     with pytest.raises(InputError, match="OPENAI_BASE_URL 'nowhere' is no address"):
         data.synthesize(replace(cfg, base_url=None))
@@ -649,6 +651,26 @@ def test_wrong_use(tmp_path, monkeypatch):
 
 
 # ---- the same command means the same inputs
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"id": "r0", "source": "s", "request": "x", "reasoning": "y"}', "is there twice"),
+        ('{"id": "n", "source": "s", "request": "x", "reasoning": "y", "z": 1}', "unknown field"),
+        ('{"id": "n", "source": "s", "request": "x", "reasoning": null}', "has no reasoning"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_before_any_request(tmp_path, line, reason):
+    rows_of(2, tmp_path)
+    with teacher() as server:
+        data.synthesize(config(tmp_path, server))
+        asked = len(server.seen)
+        with open(tmp_path / "out" / "train.jsonl", "a") as file:
+            file.write(line + "\n")
+        with pytest.raises(InputError, match=f"remove row .*{reason}"):
+            data.synthesize(config(tmp_path, server))
+        assert len(server.seen) == asked
 
 
 def test_a_row_counts_as_done_only_if_its_sample_is_unchanged(tmp_path):
