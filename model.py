@@ -860,15 +860,19 @@ class DecodeBatch:
     def prefill(self, rows: list) -> None:
         """Encode the newest prompts, whose rows these are, so that their branches can start."""
         # 1. One forward pass over all rows, packed, fills the prompts' cache.
-        self.arrange_caches()
         lengths = [len(row.ids) for row in rows]
         row, device = rows[0].join(*rows[1:]), self.model.device
         packed_attention = row_attention(row, device)
 
         def attend(q, k, v, layer):
-            cache = self.prompt_cache.layers[layer][:, -len(rows) :]  # [2, new prompts, C, K, d]
-            for i, new in enumerate(torch.stack([k, v]).split(lengths, dim=1)):
-                cache[:, i, : lengths[i]] = new
+            if layer == 0:  # not before: the images' activations need the memory, too
+                self.arrange_caches()
+            keys, values = self.prompt_cache.layers[layer][
+                :, -len(rows) :
+            ]  # [new prompts, C, K, d]
+            for i, (new_k, new_v) in enumerate(zip(k.split(lengths), v.split(lengths))):
+                keys[i, : lengths[i]] = new_k
+                values[i, : lengths[i]] = new_v
             return packed_attention(q, k, v)
 
         hidden = self.model.hidden(row, attend)  # [T, D]
