@@ -305,9 +305,9 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        qk = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
-        qk = qk.unflatten(-1, (-1, self.head_dim))  # [T, H + K, d]
-        q, k = rotate(qk, cos, sin).split(self.heads, dim=1)
+        q_and_k = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
+        q_and_k = q_and_k.unflatten(-1, (-1, self.head_dim))  # [T, H + K, d]
+        q, k = rotate(q_and_k, cos, sin).split(self.heads, dim=1)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, d]
         out = attend(q, k, v, self.index)  # [T, H, d]
         return self.o_proj(out.flatten(-2))
@@ -400,7 +400,10 @@ class VisionTower(nn.Module):
         windows, before = [], 0
         merge = self.config.spatial_merge_size
         edge = self.config.window_size // (self.config.patch_size * merge)  # of a window, in cells
-        for _, rows, columns in grids:
+        for frames, rows, columns in grids:
+            if frames != 1 or rows % merge or columns % merge:
+                grid = (frames, rows, columns)
+                raise ValueError(f"image grid {grid}: want time 1, sides in multiples of {merge}")
             coords = torch.cartesian_prod(
                 torch.arange(rows // merge), torch.arange(columns // merge)
             )  # [cells, 2]
@@ -421,10 +424,9 @@ class VisionTower(nn.Module):
         cells = torch.cat(windows)  # [P / 4, 3]
         order = cells[:, 0].to(device)
         pixels = pixels.unflatten(0, (-1, merge**2))  # [P / 4, 4, 1176]
-        patches = pixels[order].flatten(0, 1)  # [P, 1176]
         # 2. Embed the patches: a convolution whose kernel is as large as a patch is a linear map.
-        weight = self.patch_embed.proj.weight.flatten(1)
-        x = F.linear(patches.to(weight.dtype), weight)
+        weight = self.patch_embed.proj.weight.flatten(1)  # [size, 1176]
+        x = F.linear(pixels[order].flatten(0, 1).to(weight.dtype), weight)  # [P, size]
         # 3. Half of every head turns with the patch's row, half with its column.
         corners = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))  # of a cell [4, 2]
         coords = (cells[:, None, 1:] * merge + corners).flatten(0, 1)  # [P, 2]
@@ -559,7 +561,8 @@ class QwenVL(nn.Module):
 
         One function for SFT, old and new policy, Eq. (3) and (7).
         """
-        # The token before a token predicts it; a completion's first token its prompt's last.
+        # The token before a token predicts it; a completion's first token its prompt's last. (A
+        # prompt's first token, which nothing predicts, is never supervised.)
         before = torch.arange(len(row.ids)) - 1  # [T]
         for start, _, prefix in row.segments:
             if prefix is not None:
@@ -574,7 +577,7 @@ class QwenVL(nn.Module):
         """Logits [T, V] of every token: for tests and short rows only."""
         return F.linear(self.hidden(row), self.head)
 
-    def hidden(self, row, attend: PackedAttention | None = None) -> Tensor:
+    def hidden(self, row, attend: Callable | None = None) -> Tensor:
         """Final hidden states [T, D] of a packed row; `attend` replaces the row's own attention."""
         if attend is None:
             attend = row_attention(row, self.device)
@@ -713,7 +716,8 @@ def draw_tokens(
     batch: "DecodeBatch", temperature: float, top_p: float, banned: tuple[int, ...]
 ) -> tuple[list[int], list[float]]:
     """The next token of every branch, and its log-probability at the temperature and before top-p;
-    both as lists, and the tokens in the batch's state. Temperature 0 takes the most likely one."""
+    both as lists, and the tokens in the batch's state. Temperature 0 takes the most likely one.
+    CheckpointError for logits that are not finite."""
     state = batch.state
     logits = scaled_logits(state.hidden, batch.model.head, temperature or 1.0, banned)
     all_logprobs, vocabulary = logits.log_softmax(-1), logits.shape[1]  # [B, V]
@@ -732,6 +736,10 @@ def draw_tokens(
         tokens, logprobs, *found = torch.stack([token.float(), chosen, *found]).tolist()
         if all(map(all, found)):  # else a distribution is flat: once more, with all tokens
             break
+    for branch, logprob in zip(batch.branches, logprobs):
+        if not math.isfinite(logprob):
+            place = f"prompt {branch.prompt.key}: after {len(branch.ids)} tokens"
+            raise CheckpointError(f"{place} the model's logits are no numbers")
     batch.state = state._replace(token=token)
     return [int(token) for token in tokens], logprobs
 
@@ -895,12 +903,8 @@ class DecodeBatch:
         self.state = new
 
     def record(self, tokens: list[int], logprobs: list[float], stop_ids) -> Iterator[Prompt]:
-        """Note the new token of every branch; yields the prompts whose last branch ends with it.
-        CheckpointError for a log-probability that is not finite."""
+        """Note the new token of every branch; yields the prompts whose last branch ends with it."""
         for branch, token, logprob in zip(self.branches, tokens, logprobs):
-            if not math.isfinite(logprob):
-                place = f"prompt {branch.prompt.key}: after {len(branch.ids)} tokens"
-                raise CheckpointError(f"{place} the model's logits are no numbers")
             branch.ids.append(token)
             branch.logprobs.append(logprob)
             finished = token in stop_ids
@@ -1007,7 +1011,7 @@ class KVCache:
         self.query_ends = boundaries(counts, device)
         self.row_ends = boundaries([capacity] * rows, device)
         self.places = None
-        if len(set(counts)) > 1:
+        if len(set(counts)) > 1 and not has_varlen(self.layers[0]):
             is_used = torch.arange(self.most_queries) < torch.tensor(counts)[:, None]
             self.places = is_used.flatten().nonzero().squeeze(1).to(device)  # [B]
 
@@ -1181,9 +1185,10 @@ def save(
 
 def copy_small_files(source: Path, folder: Path, dtype: str) -> None:
     """Config (with this dtype), tokenizer and preprocessor; not the index, not what a run left."""
-    others = ("config.json", "model.safetensors.index.json", "run.json")
+    others = (".safetensors.index.json", "run.json")
     for file in source.iterdir():
-        if file.suffix in (".json", ".txt", ".jinja") and file.name not in others:
+        is_small = file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(others)
+        if is_small and file.name != "config.json":
             with suppress(shutil.SameFileError):  # the model is saved where it came from
                 shutil.copyfile(file, folder / file.name)
     config = json.loads((source / "config.json").read_text())
