@@ -343,6 +343,7 @@ def predict(
     prompts: dict[int, Row] = {}  # of the outputs under way
 
     def encode_prompts() -> Iterator[tuple[int, Row]]:
+        """(index, prompt) of every sample to do, as the sampler takes them."""
         for i, row in zip(todo, data.prefetch(encoder.prompt, (samples[i] for i in todo))):
             if len(row) > max_tokens:
                 too_long = f"{len(row)} tokens; the model can read {max_tokens}"

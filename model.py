@@ -305,6 +305,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+        """x [T, D] -> [T, D]."""
         q_and_k = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
         q_and_k = q_and_k.unflatten(-1, (-1, self.head_dim))  # [T, H + K, d]
         q, k = rotate(q_and_k, cos, sin).split(self.heads, dim=1)
@@ -813,10 +814,10 @@ class DecodeBatch:
     """B branches of N prompts, sorted by prompt. Each prompt's keys and values exist once; each
     branch adds those of its own tokens. With two branches of one prompt and one of another:
 
-        prompt_cache [N, C, K, d]       own_cache [B, C, K, d]
-          row 0: p p p p .                row 0: a a .
-                                          row 1: b b b
-          row 1: q q q q q                row 2: c . .
+        keys in prompt_cache [N, C, K, d]       in own_cache [B, C, K, d]
+          row 0: p p p p .                        row 0: a a .
+                                                  row 1: b b b
+          row 1: q q q q q                        row 2: c . .
 
     A branch's query attends to its own row and to its prompt's; `attend` joins the two. The host
     knows every branch's tokens (branches), the device its newest one (state).
@@ -873,11 +874,11 @@ class DecodeBatch:
         packed_attention = row_attention(row, device)
 
         def attend(q, k, v, layer):
+            """Attention of the packed row, whose keys and values go to the cache, too."""
             if layer == 0:  # not before: the images' activations need the memory, too
                 self.arrange_caches()
-            keys, values = self.prompt_cache.layers[layer][
-                :, -len(rows) :
-            ]  # [new prompts, C, K, d]
+            cache = self.prompt_cache.layers[layer]  # [2, N, C, K, d]
+            keys, values = cache[:, -len(rows) :]  # [new prompts, C, K, d]
             for i, (new_k, new_v) in enumerate(zip(k.split(lengths), v.split(lengths))):
                 keys[i, : lengths[i]] = new_k
                 values[i, : lengths[i]] = new_v
