@@ -4,13 +4,16 @@ In:  an SFT checkpoint and rl.jsonl from augment.py (labels, no reasoning).
 Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/rollouts.jsonl (every group
      with outputs, reward parts, advantages and clip value), DIR/checkpoints/ (the last two).
 
-No KL term and no reference model. A prompt and its G completions are one packed row: the prompt is
-encoded once in sampling and once in every update. A step is one rollout batch, updated on in
-several mini-batches. State is weights, optimizer and step: what a step samples is a function of
-(weights, seed, step, position in the rollout batch, branch: a completion while it is generated), so
-one process and many draw the same outputs, and a resumed run needs its checkpoint only. (On CUDA
-that holds in distribution: kernels sum in an order of their own, so last bits and then tokens
-differ.)
+No KL term and no reference model. A step is one rollout batch, updated on in several mini-batches.
+A prompt and its G completions are one packed row. Sampling encodes the prompt once. So does every
+forward pass of the update: one for a group of the first mini-batch, and one more for the others,
+whose log P_old must be known before the first update. A group longer than --pack-tokens is cut, and
+each part has its prompt.
+
+State is weights, optimizer and step: what a step samples is a function of (weights, seed, step,
+position in the rollout batch, number of the completion), so one process and many draw the same
+outputs, and a resumed run goes on as if it had never stopped. (On CUDA that holds in distribution:
+kernels sum in an order of their own, so last bits and then tokens differ.)
 
 Deviations: the clipped loss is min(K A, clip(K) A), as released and as usual, where the paper
 prints A outside; K is per token, as released; the loss is the mean over all tokens of the global
@@ -25,42 +28,29 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+import data
 import sft
-from data import (
-    Encoder,
-    InputError,
-    Row,
-    Sample,
-    append_records,
-    cli,
-    halved,
-    option,
-    pack,
-    prefetch,
-    progress,
-    read_samples,
-    saving_memory,
-)
-from evaluate import compute_metrics, evaluate_samples
-from model import Completion, QwenVL, Ranks, generate, replica, start_ranks
+from data import Encoder, Flags, InputError, Sample, option, pack, prefetch, progress
+from evaluate import compute_metrics, evaluate_samples, sample_fields
+from model import Completion, QwenVL, Ranks, Row, generate, replica
 from reward import FLOOR, Reward, score
 
 # The metrics on the screen.
 SHOWN = (
-    "reward request_accuracy response_accuracy format tokens truncated entropy approx_kl clip"
-    " grad_norm sampled_tokens_per_second trained_tokens_per_second mfu"
-    " seconds_rollout seconds_update val_f1 val_f1_prompt val_f1_response"
+    "reward request_accuracy response_accuracy tokens truncated zero_std_groups entropy"
+    " grad_norm sampled_tokens_per_second trained_tokens_per_second val_f1"
 )
 
 
 @dataclass(frozen=True)
-class Config:
-    model: str = option("out/sft", "checkpoint or hub id", group="what it reads and writes")
+class GRPOFlags(Flags):
+    model: str = option("out/sft", "checkpoint or hub id")
     data: list[str] = option(["out/rl.jsonl"], "JSONL files of labelled samples, from augment.py")
     validation: list[str] = option([], "JSONL files for F1 during training")
     out: str | None = option(
@@ -68,57 +58,35 @@ class Config:
     )
     eco: bool = option(False, "train the Eco variant: beta 1/6 instead of 1, Eq. (10)")
     fresh: bool = option(False, "start over, discarding the run in --out")
-    instruction: str | None = option(None, "file whose text replaces the system instruction")
-    min_pixels: int | None = option(None, "smallest image area; default: SFT's; release: 262144")
-    max_pixels: int | None = option(None, "largest image area; default: SFT's; release: 4194304")
-    skip_bad: bool = option(False, "set bad rows aside instead of stopping")
 
-    epochs: float = option(1.0, "passes over the data, may be fractional", group="how long")
+    epochs: float = option(1.0, "passes over the data, may be fractional")
     steps: int | None = option(None, "stop after this step; the same command without it goes on")
     eval_every: int = option(5, "steps between evaluations on --validation, also before the first")
     save_every: int = option(5, "steps between checkpoints")
 
-    rollout_batch: int = option(512, "prompts per rollout batch, over all ranks", group="rollout")
+    rollout_batch: int = option(512, "prompts per rollout batch, over all ranks")
     group: int = option(16, "completions per prompt, G")
     temperature: float = option(1.2, "of sampling and of all log-probabilities")
     top_p: float = option(1.0, "nucleus sampling of rollouts")
-    max_new_tokens: int = option(3072, "longest completion; l_norm is the length divided by this")
-    max_prompt_tokens: int = option(3072, "longer prompts are left out and counted")
-    seed: int = option(0, "of the data order and of sampling")
-
-    floor: float = option(
-        FLOOR, "smallest l_norm (ours): else short wrong outputs swamp their group", group="reward"
+    max_new_tokens: int = option(
+        3072, "longest completion; l_norm is the reasoning's length over this"
     )
-    length_unit: Literal["tokens", "chars"] = option("tokens", "of l_norm; chars as in the release")
+    max_prompt_tokens: int = option(3072, "longer prompts are left out and counted")
+    floor: float = option(
+        FLOOR, "smallest l_norm (ours): else short wrong outputs swamp their group"
+    )
 
-    update_batch: int = option(128, "prompts per optimizer step (the paper: 256)", group="update")
+    update_batch: int = option(128, "prompts per optimizer step (the paper: 256)")
     lr: float = option(1e-6, "learning rate, constant")
     weight_decay: float = option(0.01, "AdamW weight decay")
     max_norm: float = option(1.0, "gradient norm is clipped to this")
     clip: float = option(0.2, "initial clip range, epsilon of Eq. (7)")
-    clip_schedule: Literal["product", "linear", "cosine", "constant"] = option("product", "Eq. (7)")
-    freeze: list[str] = option([], "parts that do not train; of vision, merger, decoder")
+    clip_schedule: Literal["product", "constant"] = option("product", "product is Eq. (7)")
+    freeze: list[str] = option(["none"], "parts that do not train: vision, merger, decoder, none")
 
-    pack_tokens: int = option(
-        16384, "tokens per forward pass (ours: sets memory, not results)", group="memory and device"
-    )
+    pack_tokens: int = option(16384, "tokens per forward pass (ours: sets memory, not results)")
     max_branches: int = option(256, "completions sampled at once on each rank (sets memory only)")
     checkpointing: bool = option(True, "recompute activations in the backward pass")
-    device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computation; not of weights")
-
-    @property
-    def to_save_memory(self) -> str:
-        """What to try when memory runs out in the update; a row is a prompt and a completion."""
-        longest = self.max_prompt_tokens + self.max_new_tokens
-        shorter = halved("--pack-tokens", self.pack_tokens, longest)
-        return f"{shorter or halved('--max-new-tokens', self.max_new_tokens)}, or more ranks"
-
-    @property
-    def to_save_rollout_memory(self) -> str:
-        """What to try when memory runs out while sampling; a prompt's completions run together."""
-        fewer = halved("--max-branches", self.max_branches, self.group)
-        return f"{fewer or halved('--max-new-tokens', self.max_new_tokens)}, or more ranks"
 
     @property
     def beta(self) -> float:
@@ -152,23 +120,21 @@ class MicroBatch:
     row: Row
     advantages: Tensor  # [S]
     sampler_logprobs: Tensor  # [S]
-    old_logprobs: Tensor | None = None  # [S], of the same policy, as the trainer computes them
+    # [S], of the same policy, as the trainer computes them. None: this forward pass itself does.
+    old_logprobs: Tensor | None = None
+
+
+SPARE = MicroBatch(sft.SPARE_ROW, torch.zeros(0), torch.zeros(0))  # in which no token counts
 
 
 # ---------------------------------------------------------------------- the method
 
 
 def clip_range(step: int, total: int, epsilon: float, schedule: str) -> float:
-    """B_s for step s = 1 .. total; "product" is that of Eq. (7)."""
-    left = {
-        "product": math.prod((total - i) / total for i in range(1, step + 1)),
-        "linear": (total - step) / total,
-        "cosine": 0.5 * (1 + math.cos(math.pi * step / total)),
-        "constant": 1.0,
-    }
-    if schedule not in left:
-        raise InputError(f"--clip-schedule {schedule}: choose from {', '.join(left)}")
-    return epsilon * left[schedule]
+    """B_s for step s = 1 .. total; "product" is that of Eq. (7), 0 in the last step."""
+    if schedule == "constant":
+        return epsilon
+    return epsilon * math.prod((total - i) / total for i in range(1, step + 1))
 
 
 def compute_advantages(rewards: list[float]) -> Tensor:
@@ -184,10 +150,15 @@ def policy_loss(
 ) -> tuple[Tensor, dict]:
     """Eq. (6), summed over S tokens: - min(K A, clip(K, 1 - B_s, 1 + B_s) A). All inputs are [S].
 
-    The caller divides by the tokens of the mini-batch. In the last step the clip range is 0. In its
-    first update K is exactly 1, and every token learns; in later ones a token learns only if its K
-    has moved against its advantage (K < 1 with A > 0, or K > 1 with A < 0). The metrics are sums
-    over tokens that have an advantage.
+    The caller divides by the tokens of the mini-batch. Of a token's gradient comes through:
+    - all, if K is within the clip range, bounds included (both sides of the minimum are then equal,
+      torch gives each half, and `clamp` lets its half through);
+    - all, if K is outside, on the side that A pushes away from;
+    - nothing, if K is outside, on the side that A pushes to.
+    At B_s = 0, the last step of Eq. (7), the first mini-batch learns in full, since there K is 1 by
+    construction; in later ones only tokens with K < 1 and A > 0, or K > 1 and A < 0.
+
+    The metrics are sums over tokens that have an advantage.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()  # K of Eq. (7), per token
@@ -205,7 +176,7 @@ def policy_loss(
 
 
 def rollout(
-    policy: QwenVL, encoder: Encoder, samples: dict[int, Sample], cfg: Config, step: int, show=False
+    policy: QwenVL, encoder: Encoder, samples: dict[int, Sample], flags: GRPOFlags, step, show=False
 ) -> list[Group]:
     """Generate G completions of each {position: sample}, with their rewards and advantages.
 
@@ -215,31 +186,28 @@ def rollout(
     finished = generate(
         policy,
         prompts.items(),
-        cfg.group,
-        cfg.max_new_tokens,
-        cfg.temperature,
-        cfg.top_p,
+        flags.group,
+        flags.max_new_tokens,
+        flags.temperature,
+        flags.top_p,
         stop_ids=encoder.stop_ids,
         banned=encoder.banned_ids,
-        seed=cfg.seed * 1_000_003 + step,  # another one for every step of every --seed
-        max_branches=cfg.max_branches,
+        seed=flags.seed * 1_000_003 + step,  # another one for every step of every --seed
+        max_branches=flags.max_branches,
     )
-    count = encoder.count if cfg.length_unit == "tokens" else len
     groups = []
-    with progress(None, len(samples) * cfg.group, "completions", show) as bar:
+    with progress(None, len(samples) * flags.group, "completions", show) as bar:
         for position, completions in finished:
             prompt, sample = prompts[position], samples[position]
             labels = sample.request_label, sample.response_label
+            limits = flags.max_new_tokens, flags.beta, flags.floor
             outputs = [encoder.decode(completion.ids) for completion in completions]
-            rewards = [  # Eq. (8) to (10)
-                score(output, *labels, count, cfg.max_new_tokens, cfg.beta, cfg.floor)
-                for output in outputs
-            ]
+            rewards = [score(out, *labels, encoder.count, *limits) for out in outputs]  # Eq. (8-10)
             advantages = compute_advantages([reward.total for reward in rewards])  # Eq. (7)
             groups.append(
                 Group(position, sample, prompt, completions, outputs, rewards, advantages)
             )
-            bar.update(cfg.group)
+            bar.update(flags.group)
     return sorted(groups, key=lambda group: group.position)
 
 
@@ -247,13 +215,13 @@ def pack_groups(groups: list[Group], pack_tokens: int) -> list[MicroBatch]:
     """Groups as packed rows of at most pack_tokens tokens (or one completion over its prompt). A
     longer group is cut into parts, each with its prompt.
 
-    A group whose rewards are all equal has no gradient and is left out (but for one, if there is
-    nothing else: every rank must run something). Its tokens still count in the mean, so this
-    changes the cost, not the update.
+    A group whose rewards are all equal has no gradient and is left out. Its tokens still count in
+    the mean, so this changes the cost, not the update.
     """
-    trained = [group for group in groups if group.advantages.any()]
     parts = []
-    for group in trained or groups[:1]:
+    for group in groups:
+        if not group.advantages.any():
+            continue
         ids = [completion.ids for completion in group.completions]
         for chosen in pack(ids, pack_tokens - len(group.prompt)):
             row = group.prompt.extend([ids[i] for i in chosen])
@@ -271,149 +239,127 @@ def pack_groups(groups: list[Group], pack_tokens: int) -> list[MicroBatch]:
 
 
 def update_policy(
-    model, optimizer, groups: list[Group], encoder, cfg: Config, clip: float, compute, ranks
+    model, optimizer, groups: list[Group], encoder, flags: GRPOFlags, clip: float, ranks: Ranks
 ) -> dict:
     """Eq. (6) on a rollout batch: an optimizer step per update_batch prompts. Returns metrics."""
     began = time.perf_counter()
+    # log P of a row's completion tokens, and the entropies, both [S].
+    forward = partial(model, temperature=flags.temperature, banned=encoder.banned_ids)
 
-    def forward(row: Row) -> tuple[Tensor, Tensor]:
-        """log P of the row's completion tokens, and the entropies, both [S]."""
-        with sft.compute_in(compute, model):
-            return model(row, cfg.temperature, encoder.banned_ids)
-
-    # 1. Cut the rollout batch into mini-batches of packed rows, with log P_old of Eq. (7): before
-    # the first update, and by this forward pass, so that K is then exactly 1. (The sampler's own
-    # log-probabilities are rounded otherwise: metric logprob_diff_mean.)
+    # 1. Cut the rollout batch into mini-batches of packed rows. All but the first need log P_old of
+    # Eq. (7) before the first update; in the first the policy is still the old one. (The sampler's
+    # own log-probabilities are rounded otherwise: metric logprob_diff_mean.)
     minibatches = []  # of each, the batches of this rank, and the completion tokens of all ranks
-    for start in range(0, cfg.rollout_batch, cfg.update_batch):
-        chosen = [g for g in groups if start <= g.position < start + cfg.update_batch]
+    for start in range(0, flags.rollout_batch, flags.update_batch):
+        chosen = [g for g in groups if start <= g.position < start + flags.update_batch]
         tokens = ranks.reduce(sum(group.tokens for group in chosen))  # of left-out groups, too
-        batches = pack_groups(chosen, cfg.pack_tokens)
-        with torch.no_grad():
-            old = [forward(batch.row)[0] for batch, _ in sft.lockstep(batches, ranks)]
-        # The turns of lockstep beyond this rank's own batches come last: zip drops them.
-        batches = [replace(b, old_logprobs=logprobs) for b, logprobs in zip(batches, old)]
+        batches = sft.lockstep(pack_groups(chosen, flags.pack_tokens), SPARE, ranks)
+        if start > 0:
+            with torch.no_grad():
+                batches = [replace(b, old_logprobs=forward(b.row)[0]) for b in batches]
         minibatches.append((batches, tokens))
 
     # 2. Take one optimizer step on each.
-    losses, grad_norms, sums = [], [], Counter()
+    losses, grad_norms, differences, sums = [], [], [], Counter()
     for batches, tokens in minibatches:
         total = 0.0
-        for batch, is_real in sft.lockstep(batches, ranks):
-            logprobs, entropy = forward(batch.row)
+        for batch in batches:
+            logprobs, entropies = forward(batch.row)
+            old_logprobs = batch.old_logprobs
+            if old_logprobs is None:
+                old_logprobs = logprobs.detach()  # K is 1
             advantages = batch.advantages.to(ranks.device)
-            loss, loss_metrics = policy_loss(logprobs, batch.old_logprobs, advantages, clip)
-            loss = loss * is_real / tokens  # the mean over the tokens of all ranks
+            loss, loss_metrics = policy_loss(logprobs, old_logprobs, advantages, clip)
+            loss = loss / tokens  # the mean over the tokens of all ranks
             sft.backward(loss, ranks)
             total += loss.item()
-            if is_real:
-                has_advantage = advantages != 0
-                sums.update(loss_metrics)
-                sums["entropy"] += entropy[has_advantage].sum().item()
-                sums["tokens"] += int(has_advantage.sum())
-        grad_norms.append(sft.optimizer_step(optimizer, cfg.lr, cfg.max_norm))
+            sums.update(loss_metrics)
+            sums["entropy"] += entropies[advantages != 0].sum().item()
+            sums["tokens"] += int((advantages != 0).sum())
+            sums["trained"] += len(batch.row)
+            differences += (old_logprobs - batch.sampler_logprobs.to(ranks.device)).abs().tolist()
+        grad_norms.append(sft.optimizer_step(optimizer, flags.lr, flags.max_norm))
         losses.append(ranks.reduce(total))
 
     # 3. Report.
-    batches = [batch for of_one_step, _ in minibatches for batch in of_one_step]
     seconds = time.perf_counter() - began
-    metrics = {"clip": clip, "lr": cfg.lr, "seconds_update": seconds}
-    metrics |= update_metrics(losses, grad_norms, sums, batches, ranks)
-    rows = [batch.row for batch in batches]  # forward also for P_old
-    return metrics | sft.training_speed(model, rows, seconds, ranks, forwards=2)
+    speed = ranks.reduce(sums["trained"]) / seconds
+    metrics = {"clip": clip, "seconds_update": seconds, "trained_tokens_per_second": speed}
+    return metrics | update_metrics(losses, grad_norms, differences, sums, ranks)
 
 
-def main(cfg: Config) -> None:
-    """Check the settings, and leave the model at cfg.out."""
-    if cfg.out is None:
-        cfg = replace(cfg, out="out/guard-eco" if cfg.eco else "out/guard")
-    if cfg.group < 2 or not cfg.temperature or cfg.rollout_batch % cfg.update_batch:
-        raise InputError(
-            "want --group > 1, --temperature > 0, and --rollout-batch a multiple of --update-batch"
-        )
-    if cfg.floor > cfg.beta:
-        raise InputError(f"--floor {cfg.floor} is above beta, {cfg.beta:.3g}, Eq. (10)")
-    ranks = start_ranks(cfg.device)
-    if cfg.update_batch < ranks.world:
-        raise InputError(f"--update-batch {cfg.update_batch} is less than one for each rank")
-    with sft.prepared(cfg, ranks):
-        train(cfg, ranks)
+def main(flags: GRPOFlags) -> None:
+    """Check the flags, and leave the model at flags.out."""
+    if flags.out is None:
+        flags = replace(flags, out="out/guard-eco" if flags.eco else "out/guard")
+    if flags.group < 2 or not flags.temperature > 0:
+        raise InputError("want --group above 1, and --temperature above 0")
+    if flags.rollout_batch % flags.update_batch:
+        raise InputError("--rollout-batch is no multiple of --update-batch")
+    if not 0 < flags.floor <= flags.beta:
+        raise InputError(f"--floor {flags.floor} is not in (0, {flags.beta:.3g}], beta of Eq. (10)")
+    with sft.started(flags) as ranks:
+        train(flags, ranks)
 
 
-def train(cfg: Config, ranks: Ranks) -> None:
-    """The run in the folder cfg.out, which no other run writes to, from its last checkpoint on."""
-    model, encoder, compute = sft.load_for_training(cfg, ranks)
-    samples = filter_prompts(read_samples(cfg.data, cfg.skip_bad), encoder, cfg, ranks)
-    validation = read_samples(cfg.validation, cfg.skip_bad) if cfg.validation else []
-    total = int(cfg.epochs * len(samples)) // cfg.rollout_batch
-    if len(samples) < cfg.rollout_batch or total == 0:
-        raise InputError(
-            f"{len(samples)} prompts with --rollout-batch {cfg.rollout_batch} and --epochs "
-            f"{cfg.epochs}: not one step; check the labels and --max-prompt-tokens, too"
-        )
-    optimizer = sft.make_optimizer(model, cfg.lr, cfg.weight_decay)
-    run = sft.Run(cfg, ranks, samples + validation)
+def train(flags: GRPOFlags, ranks: Ranks) -> None:
+    """The run in the folder flags.out, which no other run writes to, from its last checkpoint."""
+    model, encoder = sft.load_for_training(flags, ranks)
+    samples, left_out = sft.usable_samples(
+        flags, ranks, encoder.prompt, flags.max_prompt_tokens, flags.data, complete=False
+    )
+    validation, bad_rows = data.read_samples(flags.validation, flags.skip_bad)
+    total = sft.total_steps(flags.epochs, len(samples), flags.rollout_batch)
+    optimizer = sft.make_optimizer(model, flags.lr, flags.weight_decay)
+    run = sft.Run(flags, ranks, samples + validation, left_out + bad_rows)
     done = run.restore(model, optimizer)
-    last = max(done, min(total, cfg.steps or total))
+    last = max(done, min(total, flags.steps or total))
     if validation and not done:
-        metrics = validate(replica(model, compute), encoder, validation, cfg, ranks)
-        run.log(0, metrics, SHOWN, last)
+        policy = replica(model, ranks.compute)
+        run.log(0, validate(policy, encoder, validation, flags, ranks), SHOWN, last)
+        policy = None
 
-    with sft.StopSignal(ranks) as stop:
+    with sft.stop_signal(ranks) as stop:
         for step in range(done + 1, last + 1):
             # 1. Sample completions; rewards and advantages, Eq. (7) to (10).
-            start = (step - 1) * cfg.rollout_batch
-            indices = sft.data_order(len(samples), start, cfg.rollout_batch, cfg.seed)
-            positions = range(ranks.rank, cfg.rollout_batch, ranks.world)  # this rank's share
+            indices = sft.data_order(len(samples), step, flags.rollout_batch, flags.seed)
+            positions = range(ranks.rank, flags.rollout_batch, ranks.world)  # this rank's share
             batch = {i: samples[indices[i]] for i in positions}
             began = time.perf_counter()
-            policy = replica(model, compute)  # whole on every rank, to generate with
-            with saving_memory(cfg.to_save_rollout_memory):
-                groups = rollout(policy, encoder, batch, cfg, step, show=ranks.rank == 0)
+            policy = replica(model, ranks.compute)  # whole on every rank, to generate with
+            groups = rollout(policy, encoder, batch, flags, step, show=ranks.rank == 0)
             metrics = rollout_metrics(groups, time.perf_counter() - began, ranks)
             policy = None  # frees its memory for the update
             # 2. Update the model, Eq. (6), with the clip range B_s of Eq. (7).
-            clip = clip_range(step, total, cfg.clip, cfg.clip_schedule)
+            clip = clip_range(step, total, flags.clip, flags.clip_schedule)
             torch.cuda.empty_cache()  # the update needs memory blocks of other sizes
-            metrics |= update_policy(model, optimizer, groups, encoder, cfg, clip, compute, ranks)
-            torch.cuda.empty_cache()  # the sampler sizes its caches by what is free
+            metrics |= update_policy(model, optimizer, groups, encoder, flags, clip, ranks)
+            torch.cuda.empty_cache()  # and the sampler, too
             # 3. Evaluate, report, and save.
-            if validation and (step % cfg.eval_every == 0 or step == last):
-                metrics |= validate(replica(model, compute), encoder, validation, cfg, ranks)
+            if validation and (step % flags.eval_every == 0 or step == last):
+                policy = replica(model, ranks.compute)
+                metrics |= validate(policy, encoder, validation, flags, ranks)
+                policy = None
             write_rollouts(run, groups, step, clip)
             run.log(step, metrics, SHOWN, last)
-            stopped = stop.agreed()
-            if step % cfg.save_every == 0 or step == last or stopped:
-                run.checkpoint(step, model, optimizer)
+            stopped = stop()
+            if step % flags.save_every == 0 or step == last or stopped:
+                run.checkpoint(step)
             if stopped:
                 sys.exit(128 + stopped)
-    run.finish(last, total, model, optimizer, encoder, compute)
+    run.finish(last, total, model, optimizer, encoder)
 
 
 # ---------------------------------------------------------------------- what the loop needs
 
 
-def filter_prompts(samples: list[Sample], encoder, cfg: Config, ranks: Ranks) -> list[Sample]:
-    """The samples with a label and a prompt within the limit; the rest are counted on screen."""
-    kept = [s for s in samples if s.request_label or s.response_label]
-    share = range(ranks.rank, len(kept), ranks.world)  # this rank's
-    prompts = zip(share, prefetch(encoder.prompt, (kept[i] for i in share)))
-    fitting = ranks.gather([i for i, prompt in prompts if len(prompt) <= cfg.max_prompt_tokens])
-    short = [kept[i] for i in sorted(fitting)]
-    if ranks.rank == 0:
-        left_out = f"{len(samples) - len(kept)} unlabelled, {len(kept) - len(short)} too long"
-        print(f"{len(short)} prompts; left out: {left_out}")
-    return short
-
-
-def validate(policy, encoder, samples: list[Sample], cfg: Config, ranks: Ranks) -> dict:
+def validate(policy, encoder, samples: list[Sample], flags: GRPOFlags, ranks: Ranks) -> dict:
     """Greedy F1 and lengths on the validation samples, sharded over the ranks."""
     share = samples[ranks.rank :: ranks.world]  # this rank's
-    limits = cfg.max_new_tokens, cfg.max_branches
-    with saving_memory(cfg.to_save_rollout_memory):
-        found = evaluate_samples(policy, encoder, share, *limits, show=ranks.rank == 0)
-    found = ranks.gather(found)
-    return {f"val_{name}": value for name, value in compute_metrics(found).items()}
+    limits = flags.max_new_tokens, flags.max_branches
+    predictions = evaluate_samples(policy, encoder, share, *limits, show=ranks.rank == 0)
+    metrics = compute_metrics(ranks.gather(predictions))
+    return {f"val_{name}": value for name, value in metrics.items()}
 
 
 def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
@@ -431,7 +377,7 @@ def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
         "tokens": [len(c.ids) for c in completions],
         "truncated": [not c.finished for c in completions],
         "reward_std": stds,
-        "zero_std_groups": [not group.advantages.any() for group in groups],
+        "zero_std_groups": [not group.advantages.any() for group in groups],  # nothing to learn
     }
     metrics = {}
     for name, known in values.items():
@@ -442,57 +388,48 @@ def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
 
 
 def update_metrics(
-    losses: list[float], grad_norms: list[float], sums: Counter, batches: list[MicroBatch], ranks
+    losses: list[float], grad_norms: list[float], differences: list[float], sums: Counter, ranks
 ) -> dict:
-    """Means over the optimizer steps, and over the tokens of all ranks that have an advantage."""
+    """Means over the optimizer steps, and over the tokens of all ranks that have an advantage.
+    differences: between the log-probabilities of trainer and sampler, at each token."""
     metrics = {
         "loss": sum(losses) / len(losses),
         "grad_norm": sum(grad_norms) / len(grad_norms),
         "skipped": sum(not math.isfinite(norm) for norm in grad_norms),
     }
-    trained = max(1.0, ranks.reduce(sums["tokens"]))
+    tokens = max(1.0, ranks.reduce(sums["tokens"]))
     for name in ("entropy", "approx_kl", "clipped_high", "clipped_low"):
-        metrics[name] = ranks.reduce(sums[name]) / trained
-    sampler_logprobs = torch.cat([batch.sampler_logprobs for batch in batches]).to(ranks.device)
-    difference = (torch.cat([batch.old_logprobs for batch in batches]) - sampler_logprobs).abs()
-    total, count = ranks.reduce(difference.sum().item()), ranks.reduce(len(difference))
-    metrics["logprob_diff_mean"] = total / count
-    metrics["logprob_diff_max"] = ranks.reduce(difference.max().item(), "max")
+        metrics[name] = ranks.reduce(sums[name]) / tokens
+    total, count = ranks.reduce(sum(differences)), ranks.reduce(len(differences))
+    metrics["logprob_diff_mean"] = total / max(1.0, count)
+    metrics["logprob_diff_max"] = ranks.reduce(max(differences, default=0.0), "max")
     return metrics
 
 
-def record(group: Group, step: int, clip: float) -> dict:
-    """A record of rollouts.jsonl: what shows a person why a group was updated as it was."""
-    outputs = []
-    results = zip(group.outputs, group.completions, group.rewards, group.advantages.tolist())
-    for output, completion, reward, advantage in results:
-        outputs.append(
-            {
-                "output": output,
-                "n_tokens": len(completion.ids),
-                "finished": completion.finished,
-                "reward": asdict(reward),
-                "advantage": advantage,
-            }
-        )
-    return {
-        "step": step,
-        "id": group.sample.id,
-        "request_label": group.sample.request_label,
-        "response_label": group.sample.response_label,
-        "clip": clip,
-        "outputs": outputs,
-    }
-
-
 def write_rollouts(run: sft.Run, groups: list[Group], step: int, clip: float) -> None:
-    """Append the step's groups of all ranks to rollouts.jsonl, in the order of the data."""
-    of_this_rank = [(group.position, record(group, step, clip)) for group in groups]
-    records = dict(run.ranks.gather(of_this_rank))
+    """Append the step's groups of all ranks to rollouts.jsonl, in the order of the data: what shows
+    a person why a group was updated as it was."""
+    records = []  # (position, record)
+    for group in groups:
+        outputs = []
+        results = zip(group.outputs, group.completions, group.rewards, group.advantages.tolist())
+        for output, completion, reward, advantage in results:
+            outputs.append(
+                {
+                    "output": output,
+                    "n_tokens": len(completion.ids),
+                    "finished": completion.finished,
+                    "reward": asdict(reward),
+                    "advantage": advantage,
+                }
+            )
+        record = {"step": step, "clip": clip, **sample_fields(group.sample, run.folder)}
+        records.append((group.position, record | {"outputs": outputs}))
+    records = dict(run.ranks.gather(records))
     if run.ranks.rank == 0:
         ordered = [records[position] for position in sorted(records)]
-        append_records(run.folder / "rollouts.jsonl", ordered)
+        data.append_records(run.folder / "rollouts.jsonl", ordered)
 
 
 if __name__ == "__main__":
-    cli(Config, main)
+    data.cli(GRPOFlags, main)

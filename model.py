@@ -1,38 +1,32 @@
-"""Qwen2.5-VL in plain PyTorch: architecture, log-probabilities, generation, checkpoints, ranks.
+"""Qwen2.5-VL in plain PyTorch: packed rows, layers, log-probabilities, generation, checkpoints, ranks.
 
-In:  a Hugging Face checkpoint (directory or hub id), and rows of tokens and images (data.Row).
+In:  a Hugging Face checkpoint (directory or hub id), and rows of tokens and images (Row).
 Out: log-probabilities of supervised tokens (training), completions (generation), a checkpoint.
 
-Every forward pass runs over one flat row of tokens, with no batch dimension and no padding. The row
-is cut into segments. A segment attends causally to itself and, if it has a prefix, to all of the
-segment that is its prefix. A `row` has what data.Row has: ids [T], positions [3, T], segments,
-supervised [T], pixels [P, 1176], grids (images only, so their time is 1), and join(*rows). It lies
-on the CPU, and what depends on its content is worked out there: the host waits for the device to
-copy what a forward pass needs, a fixed number of times: before the layers, or in the first of them.
+Training and prefill run over one flat row of tokens, with no batch dimension and no padding. The row
+is cut into segments. A segment attends causally to itself and, if it names a prefix segment, to all
+of that one. The head's logits are float32, whatever the weights are: Eq. (7) compares probabilities
+that differ by less than bfloat16 can tell.
 
 T  tokens of a row          D  hidden size           N  prompts that are being answered
 S  supervised tokens        H  heads                 B  branches: completions being generated
-P  patches of images        K  key-value heads       R  rows of a cache: one per prompt or branch
-V  vocabulary               d  size of a head        C  capacity of a cache, tokens per row
+P  patches of images        K  key-value heads       R  slots of a cache: one per prompt or branch
+V  vocabulary               d  size of a head        C  capacity of a slot, in tokens
 
     python -c "import model as m; print(m.outline(m.locate('Qwen/Qwen2.5-VL-3B-Instruct')))"
-"""
+"""  # noqa: E501
 
-import atexit
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -42,7 +36,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -50,7 +43,78 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, written or computed with; the message says where."""
 
 
-# ---------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------- the packed row
+
+Grid = tuple[int, int, int]  # an image's time (always 1), height and width, in patches
+
+
+class Segment(NamedTuple):
+    """A run of tokens of a row, causal within itself; it sees all of segment `prefix`, if any."""
+
+    start: int
+    length: int
+    prefix: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Everything one forward pass needs. It lies on the CPU; the model moves what it needs to its
+    device. (FSDP would move a NamedTuple by itself.)"""
+
+    ids: Tensor  # [T] int64
+    positions: Tensor  # [3, T] int64, M-RoPE: time, height, width
+    segments: tuple[Segment, ...]  # they tile the row in order
+    supervised: Tensor  # [T] bool: the tokens that the loss is taken over
+    pixels: Tensor  # [P, 1176] float32; [0, 1176] without an image
+    grids: tuple[Grid, ...] = ()  # of its images
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def join(self, *others: "Row") -> "Row":
+        """Rows side by side: row.join(other) or Row.join(*rows). Segments keep their prefixes, and
+        see nothing of other rows."""
+        rows = (self, *others)
+        segments = []
+        tokens_before = 0
+        for row in rows:
+            segments_before = len(segments)
+            for start, length, prefix in row.segments:
+                if prefix is not None:
+                    prefix += segments_before
+                segments.append(Segment(tokens_before + start, length, prefix))
+            tokens_before += len(row)
+        return Row(
+            ids=torch.cat([row.ids for row in rows]),
+            positions=torch.cat([row.positions for row in rows], dim=1),
+            segments=tuple(segments),
+            supervised=torch.cat([row.supervised for row in rows]),
+            pixels=torch.cat([row.pixels for row in rows]),
+            grids=tuple(grid for row in rows for grid in row.grids),
+        )
+
+    def extend(self, completions: Sequence[Sequence[int]]) -> "Row":
+        """A prompt row [T] and G completions (token ids, with the stop token) -> one row [T + their
+        lengths]. Each completion is a supervised segment over the prompt, and its positions go on
+        from the prompt's last position."""
+        if len(self.segments) != 1 or not all(completions):
+            raise ValueError("extend needs one segment, and completions that are not empty")
+        next_position = self.positions.max() + 1
+        no_pixels = self.pixels[:0]
+        prompt = replace(self, supervised=torch.zeros_like(self.supervised), pixels=no_pixels)
+        rows = [prompt]
+        for completion in completions:
+            ids = torch.tensor(completion)
+            positions = torch.arange(len(ids)).expand(3, -1) + next_position
+            supervised = torch.ones_like(ids, dtype=torch.bool)
+            rows.append(Row(ids, positions, (Segment(0, len(ids)),), supervised, no_pixels))
+        row = Row.join(*rows)
+        first, *others = row.segments
+        segments = (first, *(segment._replace(prefix=0) for segment in others))
+        return replace(row, segments=segments, pixels=self.pixels)
+
+
+# -------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
@@ -93,9 +157,10 @@ class Config:
 
     @classmethod
     def from_json(cls, raw: dict) -> "Config":
-        """raw: config.json, flat as published, nested, or nested with rope_parameters."""
+        """raw: config.json, flat as published, nested, or nested with rope_parameters.
+        CheckpointError for another architecture, and for what does not fit together."""
         nested = raw.get("text_config") or {}
-        text = {**raw, **nested}
+        text = raw | {name: value for name, value in nested.items() if value is not None}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         found = (
             raw.get("model_type"),
@@ -106,29 +171,24 @@ class Config:
         known = ("qwen2_5_vl", "silu", False)
         if found not in [(*known, "default"), (*known, "mrope")]:
             names = "model type, activation, sliding window, rope type"
-            raise CheckpointError(f"config.json: {names}: {found}, want {known}, default or mrope")
-        tied = raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
+            raise CheckpointError(f"{names}: {found}, want {known}, default or mrope")
         vision = build_config(VisionConfig, raw.get("vision_config") or {})
-        derived = {**rope, "tie_word_embeddings": bool(tied), "vision": vision}
-        config = build_config(cls, {**text, **derived})
+        tied = raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
+        derived = {"vision": vision, "tie_word_embeddings": bool(tied)}
+        config = build_config(cls, text | rope | derived)
         sections, size = config.mrope_section, config.head_dim
         if sum(sections) * 2 != size:
-            raise CheckpointError(f"config.json: mrope_section {sections}, head size {size}")
+            raise CheckpointError(f"mrope_section {sections}, head size {size}")
         return config
 
 
 def build_config(kind: type, values: dict):
-    """The dataclass `kind` from those of the values it has fields for."""
-    names = [field.name for field in fields(kind) if field.name in values]
+    """The dataclass `kind` from those of the values it has fields for; null is as if absent."""
+    names = [field.name for field in fields(kind) if values.get(field.name) is not None]
     return kind(**{name: values[name] for name in names})
 
 
-# -------------------------------------------------------------------------------------- attention
-
-
-def has_varlen(x: Tensor) -> bool:
-    """Whether torch has variable-length attention for x: on CUDA, in half precision."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+# ------------------------------------------------------------------------------------ attention
 
 
 def boundaries(lengths: list[int], device) -> Tensor:
@@ -136,112 +196,87 @@ def boundaries(lengths: list[int], device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
-class Run(NamedTuple):
-    """Equal neighbours among a row's segments, which one batched call serves: all of one length and
-    one prefix. A segment that others extend is a run of its own."""
-
-    first: int  # number of its first segment
-    count: int  # segments
-    length: int  # tokens of each
-    prefix: int | None  # number of the segment that they extend
-    mask: Tensor | None  # with a prefix, which keys each query sees [length, prefix's + length]
+def has_varlen(x: Tensor) -> bool:
+    """Whether torch has variable-length attention for x: on CUDA, in half precision."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-class KeyLayout(NamedTuple):
-    """The keys of all segments one after the other, as variable-length attention takes them."""
+def varlen_attention(q, k, v, ends, longest, causal=False, used=None) -> tuple[Tensor, Tensor]:
+    """Attention of packed queries [., H, d] to packed keys and values [., K, d] in one kernel.
 
-    tokens: Tensor | None  # [all keys] the row's token of each; None: they are the row's
-    arguments: dict  # of varlen_attn: where queries and keys of each segment end, the longest
+    ends, longest: of the queries' and of the keys' sequences. used: how many keys of each count.
+    Returns [., H, d], and the logarithms of the softmaxes' normalisers [., H].
+    """
+    # Importing it takes more than a second, and only CUDA needs it.
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    out, lse = varlen_attn(
+        *(q, k, v, *ends, *longest),
+        window_size=(-1, 0) if causal else (-1, -1),  # (-1, 0) is causal, aligned to the last key
+        seqused_k=used,
+        return_aux=AuxRequest(lse=True),
+        enable_gqa=True,
+    )
+    return out, lse.T
 
 
 class PackedAttention:
     """Attention over one packed row of segments, each of which sees itself and its prefix.
 
-    lengths: tokens of every segment.
-    prefixes: for each segment the index of the earlier one that it extends, or None; a prefix
-        extends none. Only in causal attention.
-    causal: a token sees itself and what stands before it; without, all of its segment (the tower).
+    lengths: tokens of every segment. prefixes: for each the index of the segment that it extends,
+    or None. causal: a token sees itself and what stands before it; without (in the tower, where
+    there are no prefixes), all of its segment.
 
-    A call takes q [T, H, d], k and v [T, K, d] and returns [T, H, d]. A prompt p of 4 tokens with
-    completions a, b, c of 2, 2 and 3 is lengths [4, 2, 2, 3] and prefixes [None, 0, 0, 0]. Each
-    segment attends to its prefix and itself; its last query sees the last key:
+    A call takes q [T, H, d], k and v [T, K, d] and returns [T, H, d]. With a prompt p and its
+    completions a, b, c, the keys of every segment, its prefix's and then its own, are laid out one
+    after the other; the last query of a segment sees its last key:
 
         queries     p p p p     a a           b b           c c c
         keys        p p p p     p p p p a a   p p p p b b   p p p p c c c
 
-    On CUDA in half precision that is one call for the whole row. Elsewhere it is one for each run
-    of equal segments: p; a and b together; c.
+    On CUDA in half precision that is one call for the whole row, elsewhere one for each segment.
     """
 
     def __init__(self, lengths: list[int], prefixes: list[int | None], causal: bool, device):
-        self.lengths, self.prefixes = lengths, prefixes
-        self.causal, self.device = causal, device
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> Tensor:
-        if has_varlen(q):
-            return self._in_one_call(q, k, v)
-        return self._run_by_run(q, k, v)
-
-    @cached_property
-    def _keys(self) -> KeyLayout:
-        tokens = torch.arange(sum(self.lengths)).split(self.lengths)
+        tokens = torch.arange(sum(lengths)).split(lengths)
         keys = list(tokens)
-        for i, prefix in enumerate(self.prefixes):
+        for i, prefix in enumerate(prefixes):
             if prefix is not None:
                 keys[i] = torch.cat([tokens[prefix], tokens[i]])
-        key_lengths = [len(seen) for seen in keys]
-        sizes = {"max_q": max(self.lengths), "max_k": max(key_lengths)}
-        sizes["cu_seq_q"] = boundaries(self.lengths, self.device)
-        sizes["cu_seq_k"] = boundaries(key_lengths, self.device)
-        if key_lengths == self.lengths:
-            return KeyLayout(None, sizes)
-        return KeyLayout(torch.cat(keys).to(self.device), sizes)
+        self.causal = causal
+        self.lengths, self.key_lengths = lengths, [len(seen) for seen in keys]
+        self.key_tokens = None  # those of the row, in its order
+        if self.key_lengths != lengths:
+            self.key_tokens = torch.cat(keys).to(device)
+        self.ends = boundaries(lengths, device), boundaries(self.key_lengths, device)
 
-    def _in_one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys = self._keys
-        if keys.tokens is not None:
-            # In float32: so the backward pass adds up in float32 the gradients that all completions
-            # send to a token of their prompt.
-            k, v = (x.float().index_select(0, keys.tokens).to(x.dtype) for x in (k, v))
-        window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal, aligned to the last key
-        return varlen_attn(q, k, v, **keys.arguments, window_size=window, enable_gqa=True)
+    @classmethod
+    def of_row(cls, row: Row, device) -> "PackedAttention":
+        """The decoder's attention to a row."""
+        lengths = [segment.length for segment in row.segments]
+        prefixes = [segment.prefix for segment in row.segments]
+        return cls(lengths, prefixes, causal=True, device=device)
 
-    @cached_property
-    def _runs(self) -> list[Run]:
-        extended = set(self.prefixes)
-
-        def kind(i: int) -> tuple:
-            return self.lengths[i], self.prefixes[i], i if i in extended else None
-
-        runs = []
-        for (length, prefix, _), members in groupby(range(len(self.lengths)), kind):
-            first, *others = members
-            mask = None
-            if prefix is not None:
-                seen = self.lengths[prefix]
-                mask = torch.ones(length, seen + length, dtype=torch.bool, device=self.device)
-                mask = mask.tril(seen)
-            runs.append(Run(first, 1 + len(others), length, prefix, mask))
-        return runs
-
-    def _run_by_run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tokens = [run.count * run.length for run in self._runs]
-        parts = zip(q.split(tokens), k.split(tokens), v.split(tokens))
-        keys_values = {}  # of every run, by its first segment: each [count, K, length, d]
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> Tensor:
+        if self.key_tokens is not None:
+            # In float32, so that the backward pass adds up in float32 the gradients that all
+            # completions send to a token of their prompt.
+            k, v = (x.float().index_select(0, self.key_tokens).to(x.dtype) for x in (k, v))
+        if has_varlen(q):
+            longest = max(self.lengths), max(self.key_lengths)
+            return varlen_attention(q, k, v, self.ends, longest, self.causal)[0]
         outputs = []
-        for run, qkv in zip(self._runs, parts):
-            q, k, v = (x.unflatten(0, (run.count, -1)).transpose(1, 2) for x in qkv)
-            keys_values[run.first] = k, v
-            if run.prefix is not None:
-                # The prefix's keys and values stand before those of every segment.
-                prefix_k, prefix_v = keys_values[run.prefix]
-                k = torch.cat([prefix_k.expand(run.count, -1, -1, -1), k], dim=2)
-                v = torch.cat([prefix_v.expand(run.count, -1, -1, -1), v], dim=2)
-            causal = self.causal and run.prefix is None
-            out = F.scaled_dot_product_attention(
-                q, k, v, run.mask, is_causal=causal, enable_gqa=True
-            )  # [count, H, length, d]
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        parts = zip(q.split(self.lengths), k.split(self.key_lengths), v.split(self.key_lengths))
+        for part in parts:
+            q, k, v = (x.transpose(0, 1)[None] for x in part)  # [1, heads, tokens, d]
+            before = k.shape[2] - q.shape[2]  # tokens of the prefix
+            mask = None
+            if before:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+                mask = mask.tril(before)
+            causal = self.causal and not before
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 
 
@@ -268,7 +303,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-# ----------------------------------------------------------------------------------------- layers
+# --------------------------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.RMSNorm):
@@ -292,11 +327,12 @@ class SwiGLU(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention. `attend` decides what is seen: a packed row, or a cache."""
+    """Grouped-query attention. `attention` decides what is seen: a packed row, or a cache."""
 
-    def __init__(self, config: Config, index: int):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.index, self.head_dim = index, config.head_dim
+        self.layer = layer
+        self.head_dim = config.head_dim
         self.heads = [config.num_attention_heads, config.num_key_value_heads]  # H, K
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -304,26 +340,26 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention) -> Tensor:
         """x [T, D] -> [T, D]."""
         q_and_k = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
         q_and_k = q_and_k.unflatten(-1, (-1, self.head_dim))  # [T, H + K, d]
         q, k = rotate(q_and_k, cos, sin).split(self.heads, dim=1)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, d]
-        out = attend(q, k, v, self.index)  # [T, H, d]
+        out = attention(q, k, v, self.layer)  # [T, H, d]
         return self.o_proj(out.flatten(-2))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Config, index: int):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, index)
+        self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -334,11 +370,11 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [P, 3 * heads, d]
         qk, v = qkv.split((2 * self.heads, self.heads), dim=1)
         q, k = rotate(qk, cos, sin).chunk(2, dim=1)
-        return self.proj(attend(q, k, v).flatten(-2))
+        return self.proj(attention(q, k, v).flatten(-2))
 
 
 class VisionBlock(nn.Module):
@@ -349,8 +385,8 @@ class VisionBlock(nn.Module):
         self.norm2 = RMSNorm(config.hidden_size, 1e-6)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, attend)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, attention)
         return x + self.mlp(self.norm2(x))
 
 
@@ -395,73 +431,68 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
         self.checkpointing = False
 
-    def windows(self, grids: Sequence[tuple]) -> list[Tensor]:
-        """The cells of every window [n, 3]: their numbers in the input, rows and columns. Within an
-        image the windows come largest first, so that equal ones are neighbours."""
-        windows, before = [], 0
+    def windows(self, grids: Sequence[Grid]) -> tuple[list[Tensor], Tensor]:
+        """The numbers of the cells in every window, and row and column of every cell [P / 4, 2]."""
         merge = self.config.spatial_merge_size
         edge = self.config.window_size // (self.config.patch_size * merge)  # of a window, in cells
-        for frames, rows, columns in grids:
-            if frames != 1 or rows % merge or columns % merge:
-                grid = (frames, rows, columns)
+        windows, coords = [], []
+        before = 0
+        for grid in grids:
+            frames, height, width = grid
+            if frames != 1 or height % merge or width % merge:
                 raise ValueError(f"image grid {grid}: want time 1, sides in multiples of {merge}")
-            coords = torch.cartesian_prod(
-                torch.arange(rows // merge), torch.arange(columns // merge)
-            )  # [cells, 2]
-            numbers = torch.arange(before, before + len(coords))
-            before += len(coords)
-            cells = torch.column_stack([numbers, coords]).unflatten(0, (rows // merge, -1))
-            parts = []
-            for band in cells.split(edge, dim=0):
-                parts += [part.flatten(0, 1) for part in band.split(edge, dim=1)]
-            windows += sorted(parts, key=len, reverse=True)
-        return windows
+            rows, columns = height // merge, width // merge
+            numbers = torch.arange(before, before + rows * columns).view(rows, columns)
+            for band in numbers.split(edge, dim=0):
+                windows += [window.flatten() for window in band.split(edge, dim=1)]
+            coords.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
+            before += rows * columns
+        return windows, torch.cat(coords)
 
-    def forward(self, pixels: Tensor, grids: Sequence[tuple]) -> Tensor:
+    def forward(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
         """pixels [P, 1176], grids of (1, rows, columns) patches -> [P / 4, D]."""
         # 1. Put the cells of a window side by side.
         merge, device = self.config.spatial_merge_size, pixels.device
-        windows = self.windows(grids)
-        cells = torch.cat(windows)  # [P / 4, 3]
-        order = cells[:, 0].to(device)
-        pixels = pixels.unflatten(0, (-1, merge**2))  # [P / 4, 4, 1176]
+        windows, coords = self.windows(grids)
+        order = torch.cat(windows)  # [P / 4]
+        coords = coords[order]
+        order = order.to(device)
+        cells = pixels.unflatten(0, (-1, merge**2))[order]  # [P / 4, 4, 1176]
         # 2. Embed the patches: a convolution whose kernel is as large as a patch is a linear map.
         weight = self.patch_embed.proj.weight.flatten(1)  # [size, 1176]
-        x = F.linear(pixels[order].flatten(0, 1).to(weight.dtype), weight)  # [P, size]
+        x = F.linear(cells.flatten(0, 1).to(weight.dtype), weight)  # [P, size]
         # 3. Half of every head turns with the patch's row, half with its column.
         corners = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))  # of a cell [4, 2]
-        coords = (cells[:, None, 1:] * merge + corners).flatten(0, 1)  # [P, 2]
+        coords = (coords[:, None] * merge + corners).flatten(0, 1)  # [P, 2]
         head_dim = self.config.hidden_size // self.config.num_heads
         angles = rotary_angles(coords.to(device), head_dim // 2, 10000.0)  # [P, 2, d / 4]
         cos, sin = rotation(angles.flatten(1))
         # 4. The blocks: attention within windows, in a few of them within whole images.
-        lengths = [len(window) * merge**2 for window in windows]  # patches
-        in_windows = PackedAttention(lengths, [None] * len(lengths), causal=False, device=device)
-        lengths = [rows * columns for _, rows, columns in grids]
-        in_images = PackedAttention(lengths, [None] * len(lengths), causal=False, device=device)
+        of_window = [len(window) * merge**2 for window in windows]  # patches
+        of_image = [rows * columns for _, rows, columns in grids]
+        in_windows = PackedAttention(of_window, [None] * len(of_window), False, device)
+        in_images = PackedAttention(of_image, [None] * len(of_image), False, device)
         for i, block in enumerate(self.blocks):
-            attend = in_images if i in self.config.fullatt_block_indexes else in_windows
-            x = run_layer(block, self.checkpointing, x, cos, sin, attend)
+            attention = in_images if i in self.config.fullatt_block_indexes else in_windows
+            x = recomputed(self.checkpointing, block, x, cos, sin, attention)
         # 5. Merge every cell into a token, and put the tokens back into the order of the input.
         tokens = self.merger(x)
         return torch.empty_like(tokens).index_copy(0, order, tokens)
 
 
-def run_layer(layer: nn.Module, checkpointing: bool, *inputs) -> Tensor:
-    """The layer's output; with checkpointing the backward pass recomputes its activations."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False)
-    return layer(*inputs)
+def recomputed(enabled: bool, function: Callable, *inputs):
+    """function(*inputs); if enabled, the backward pass computes its activations again."""
+    if enabled and torch.is_grad_enabled():
+        # Nothing in this model draws random numbers, so there is no state to preserve.
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
 
 
-# -------------------------------------------------------------------------------- the whole model
+# ------------------------------------------------------------------------------ the whole model
 
 
-def scaled_logits(
-    hidden: Tensor, head: Tensor, temperature: float, banned: tuple[int, ...]
-) -> Tensor:
-    """Logits [S, V] of hidden states [S, D], float32, over temperature, without banned ids."""
-    logits = F.linear(hidden, head).float()
+def scale_logits(logits: Tensor, temperature: float, banned: tuple[int, ...]) -> Tensor:
+    """Logits [S, V] over the temperature, without the banned ids."""
     if temperature != 1:
         logits = logits / temperature
     # -inf would make the entropy NaN. The ids are few, and no index has to travel to the device.
@@ -470,65 +501,20 @@ def scaled_logits(
     return logits
 
 
-def token_logprobs(
+def score_tokens(
     hidden: Tensor, targets: Tensor, head: Tensor, temperature: float, banned: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of targets [S], and of all tokens [S, V]; float32."""
-    logprobs = scaled_logits(hidden, head, temperature, banned).log_softmax(-1)
-    return logprobs.gather(1, targets[:, None]).squeeze(1), logprobs
-
-
-class ChunkedLogprobs(torch.autograd.Function):
-    """Log-probabilities [S] of targets [S], and entropies [S] (without gradient), float32.
-
-    Logits exist for `chunk` tokens at a time, never as a whole [S, V]. Like torch.utils.checkpoint
-    the backward pass computes every chunk again. Unlike it, it sums the chunks' gradients of the
-    head in float32, whatever type the head is in.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, targets, head, temperature, banned, chunk: int):
-        """hidden [S, D], targets [S], head [V, D]."""
-        ctx.save_for_backward(hidden, targets, head)
-        ctx.temperature, ctx.banned, ctx.chunk = temperature, banned, chunk
-        weight = head.to(hidden.dtype)
-        logprobs, entropies = [], []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            chosen, every = token_logprobs(h, t, weight, temperature, banned)
-            logprobs.append(chosen)
-            entropies.append(-(every.exp() * every).sum(-1))
-        entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        """grad [S], of the log-probabilities."""
-        hidden, targets, head = ctx.saved_tensors
-        head_trains = ctx.needs_input_grad[2]
-        weight = head.detach().to(hidden.dtype).requires_grad_(head_trains)
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if head_trains else None
-        grad_hidden = []
-        chunks = zip(*(x.split(ctx.chunk) for x in (hidden, targets, grad)))
-        for h, t, g in chunks:
-            h = h.detach().requires_grad_()
-            with torch.enable_grad():
-                logprobs = token_logprobs(h, t, weight, ctx.temperature, ctx.banned)[0]
-            logprobs.backward(g)
-            grad_hidden.append(h.grad)
-            if head_trains:
-                # In pieces: a CPU first converts all of a tensor that it adds to another type.
-                for first in range(0, len(head), 8192):
-                    rows = slice(first, first + 8192)
-                    grad_head[rows].add_(weight.grad[rows])
-                weight.grad = None
-        return torch.cat(grad_hidden), None, grad_head, None, None, None
+    """Log-probabilities [S] of targets [S], and entropies [S] (without gradient), by hidden states
+    [S, D] and the head [V, D] in float32."""
+    logits = F.linear(hidden.float(), head)
+    logprobs = scale_logits(logits, temperature, banned).log_softmax(-1)  # [S, V]
+    with torch.no_grad():
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, targets[:, None]).squeeze(1), entropies
 
 
 class QwenVL(nn.Module):
     """Vision tower, decoder and head, with the published parameter names."""
-
-    head_chunk = 128  # tokens whose logits exist at a time
 
     def __init__(self, config: Config):
         super().__init__()
@@ -542,7 +528,9 @@ class QwenVL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpointing = False  # recompute activations in the backward pass
-        self.sharded = False  # set by shard()
+        # Set by `shard`, for training:
+        self.compute: torch.dtype | None = None  # what float32 weights compute in
+        self.sharded = False
 
     @property
     def device(self) -> torch.device:
@@ -556,39 +544,57 @@ class QwenVL(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(
-        self, row, temperature: float = 1.0, banned: tuple[int, ...] = ()
+        self, row: Row, temperature: float = 1.0, banned: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [S], float32, of the row's supervised tokens in order.
 
-        One function for SFT, old and new policy, Eq. (3) and (7).
+        One function for SFT, old and new policy, Eq. (3) and (7). Logits exist for some tokens at a
+        time, never as a whole [S, V]; the backward pass computes them again.
         """
-        # The token before a token predicts it; a completion's first token its prompt's last. (A
+        # 1. The token before a token predicts it; a completion's first token its prompt's last. (A
         # prompt's first token, which nothing predicts, is never supervised.)
-        before = torch.arange(len(row.ids)) - 1  # [T]
+        before = torch.arange(len(row)) - 1  # [T]
         for start, _, prefix in row.segments:
             if prefix is not None:
                 prompt = row.segments[prefix]
                 before[start] = prompt.start + prompt.length - 1
-        targets = row.supervised.nonzero().squeeze(1)  # [S]
-        hidden = self.hidden(row).index_select(0, before[targets].to(self.device))  # [S, D]
-        ids = row.ids[targets].to(self.device)
-        return ChunkedLogprobs.apply(hidden, ids, self.head, temperature, banned, self.head_chunk)
+        supervised = row.supervised.nonzero().squeeze(1)  # [S]
+        targets = row.ids[supervised].to(self.device)
+        hidden = self.hidden(row).index_select(0, before[supervised].to(self.device))  # [S, D]
+        # 2. The head in float32, of the numbers that the sampler's head has. On CUDA, TF32 holds
+        # bfloat16 numbers exactly, so the products add up in float32 at half of bfloat16's speed.
+        head = self.head.to(hidden.dtype).float()
+        chunk = 1024 if hidden.is_cuda else 128  # tokens
+        scores = [
+            recomputed(True, score_tokens, h, t, head, temperature, banned)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk))
+        ]
+        logprobs, entropies = zip(*scores)
+        return torch.cat(logprobs), torch.cat(entropies)
 
-    def logits(self, row) -> Tensor:
+    def logits(self, row: Row) -> Tensor:
         """Logits [T, V] of every token: for tests and short rows only."""
-        return F.linear(self.hidden(row), self.head)
+        return F.linear(self.hidden(row).float(), self.head.float())
 
-    def hidden(self, row, attend: Callable | None = None) -> Tensor:
-        """Final hidden states [T, D] of a packed row; `attend` replaces the row's own attention."""
-        if attend is None:
-            attend = row_attention(row, self.device)
-        x = self.embed(row)
-        cos, sin = self.rope(row.positions.to(self.device))
-        for layer in self.model.layers:
-            x = run_layer(layer, self.checkpointing, x, cos, sin, attend)
-        return self.model.norm(x)
+    def hidden(self, row: Row, attention: Callable | None = None) -> Tensor:
+        """Final hidden states [T, D] of a packed row, by the row's own attention unless another one
+        is given."""
+        if attention is None:
+            attention = PackedAttention.of_row(row, self.device)
+        with self._autocast():
+            x = self.embed(row)
+            cos, sin = self.rope(row.positions.to(self.device))
+            for layer in self.model.layers:
+                x = recomputed(self.checkpointing, layer, x, cos, sin, attention)
+            return self.model.norm(x)
 
-    def embed(self, row) -> Tensor:
+    def _autocast(self):
+        """The context in which float32 weights compute in another type; FSDP does that itself."""
+        if self.sharded or self.compute in (None, self.head.dtype):
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute, cache_enabled=False)
+
+    def embed(self, row: Row) -> Tensor:
         """Token embeddings [T, D], with the image tokens replaced by what the vision tower saw."""
         is_image = row.ids == self.config.image_token_id  # [T]
         image_tokens = is_image.nonzero().squeeze(1)
@@ -598,9 +604,8 @@ class QwenVL(nn.Module):
             found = f"{len(image_tokens)} image tokens in the row"
             raise ValueError(f"{found}, but its images give {features} features")
         x = self.model.embed_tokens(row.ids.to(self.device))
-        if torch.is_autocast_enabled(self.device.type):
-            # The residual stream is in the compute type: on one rank, as FSDP has it on several.
-            x = x.to(torch.get_autocast_dtype(self.device.type))
+        if self.compute is not None:
+            x = x.to(self.compute)  # the residual stream is in it, as FSDP has it
         if row.grids:
             images = self.visual(row.pixels.to(self.device), row.grids)  # [P / 4, D]
             return x.index_copy(0, image_tokens.to(self.device), images.to(x.dtype))
@@ -620,29 +625,40 @@ class QwenVL(nn.Module):
         return rotation(torch.cat(turned, dim=-1))
 
 
-def row_attention(row, device) -> PackedAttention:
-    """The causal attention of a packed row."""
-    lengths = [segment.length for segment in row.segments]
-    prefixes = [segment.prefix for segment in row.segments]
-    return PackedAttention(lengths, prefixes, True, device)
+# ----------------------------------------------------------------------------------- generation
 
 
-# ------------------------------------------------------------------------------------- generation
-
-
-@dataclass
+@dataclass(eq=False)
 class Completion:
-    """One sampled output."""
+    """One sampled output. Its branch goes on after its end, until it is dropped."""
 
     ids: list[int]  # with the stop token, when finished
-    logprobs: Tensor  # [len(ids)] float32, at the sampling temperature and before top-p
-    finished: bool  # False if cut off at max_new_tokens
+    scores: list[list[float]]  # of every token: log-probability and, if asked for, P(harmful)
+    running: bool = True
+    finished: bool = False  # False also if cut off at max_new_tokens
+
+    @property
+    def logprobs(self) -> Tensor:
+        """[len(ids)] float32, at the sampling temperature and before top-p."""
+        return torch.tensor([logprob for logprob, *_ in self.scores])
+
+    @property
+    def p_harmful(self) -> Tensor:
+        """[len(ids)] where each token was drawn; only if `generate` was given the two words."""
+        return torch.tensor([p for _, p in self.scores])
 
 
-NUCLEUS_TOKENS = 1024  # The nucleus nearly always lies in so many. Sorting all costs much more.
-# Refilling and compacting copy the caches, so both wait until it is worth it:
-REFILL_SHARE = 1 / 4  # new prompts are taken when so much of the batch is free,
-COMPACT_SHARE = 1 / 8  # and finished branches are dropped when they are so much of the batch.
+@dataclass(eq=False)
+class Prompt:
+    """A prompt that is being answered."""
+
+    key: int  # the caller's name of it
+    length: int  # tokens
+    completions: list[Completion]  # [n]
+
+
+NUCLEUS_TOKENS = 1024  # top-p looks at so many of the likeliest tokens: sorting all costs much more
+ENDED_SHARE = 1 / 8  # Branches that have ended are dropped when they are so much of the batch.
 CACHE_SHARE = 0.6  # of a GPU's free memory for keys and values; the rest is for prefills and logits
 PREFILL_TOKENS = 8192  # of prompts, about, that are encoded in one forward pass
 
@@ -650,15 +666,16 @@ PREFILL_TOKENS = 8192  # of prompts, about, that are encoded in one forward pass
 @torch.no_grad()
 def generate(
     model: QwenVL,
-    prompts: Iterable[tuple[int, object]],
+    prompts: Iterable[tuple[int, Row]],
     n: int = 1,
     max_new_tokens: int = 3072,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    stop_ids: tuple[int, ...] = (),
-    banned: tuple[int, ...] = (),
+    stop_ids: Sequence[int] = (),
+    banned: Sequence[int] = (),
     seed: int = 0,
     max_branches: int = 256,
+    words: tuple[int, int] | None = None,
     cache_tokens: int | None = None,
     watch: Callable[[list[int]], None] | None = None,
 ) -> Iterator[tuple[int, list[Completion]]]:
@@ -668,95 +685,45 @@ def generate(
     temperature: 0 is greedy, with log-probabilities at temperature 1.
     stop_ids: a completion ends with the first of these. banned: ids that are never drawn.
     max_branches: completions that run at a time, at least those of one prompt.
-    cache_tokens: tokens in the caches, with every completion counted at its longest (None:
-        CACHE_SHARE of a GPU's free memory, elsewhere 2^20); a prompt that does not fit runs alone.
+    words: the ids of "harmful" and "unharmful", of whose logits P(harmful) is the softmax.
+    cache_tokens: tokens in the caches, with every completion counted at its longest (None: those
+        that fit a GPU's free memory); a prompt that does not fit runs alone.
     watch: called at every step with the new token of every branch.
 
     Random numbers are those of (seed, key, number of the completion): what a prompt gets does not
     depend on its neighbours, on batching or on the number of ranks (on CUDA in distribution only:
-    kernels choose by shape, last bits differ, and then tokens). CheckpointError if the model's
-    logits are not finite.
+    kernels choose by shape, last bits differ, and then tokens). CheckpointError if logits are not
+    finite.
     """
-    if cache_tokens is None:
-        cache_tokens = free_cache_tokens(model)
     batch = DecodeBatch(model, prompts, n, max_new_tokens, seed, max_branches, cache_tokens)
     while True:
-        # 1. Refill: new prompts take the room of finished ones.
-        batch.refill()
+        # 1. Drop branches that have ended; new prompts take their room.
+        batch.drop_ended()
+        batch.add_prompts()
         if not batch.branches:
             return
-        # 2. Draw every branch's next token. In most steps the host waits for the device only here.
-        tokens, logprobs = draw_tokens(batch, temperature, top_p, banned)
+        # 2. Draw every branch's next token, and hand out the prompts that are answered with it.
+        drawn = batch.draw(temperature, top_p, banned, words)
         if watch:
-            watch(tokens)
-        # 3. Record them, and hand out the prompts of which all completions have ended.
-        for prompt in batch.record(tokens, logprobs, stop_ids):
-            yield prompt.key, [branch.completion for branch in prompt.branches]
-        # 4. Compact: drop finished branches.
-        batch.compact()
-        # 5. Decode: the new tokens go through the layers.
-        if batch.branches:
-            batch.step()
+            watch([int(token) for token, *_ in drawn])
+        for prompt in batch.record(drawn, stop_ids):
+            yield prompt.key, prompt.completions
+        # 3. The new tokens go through the layers.
+        batch.step()
 
 
-def free_cache_tokens(model: QwenVL) -> int:
-    """How many tokens' keys and values fit: on a GPU into CACHE_SHARE of its free memory."""
-    config, device = model.config, model.device
-    if device.type != "cuda":
-        return 2**20  # the free memory is not known
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    of_a_layer = 2 * config.num_key_value_heads * config.head_dim * model.head.itemsize  # bytes
-    return max(1, int(CACHE_SHARE * free) // (config.num_hidden_layers * of_a_layer))
-
-
-# ---- drawing a token
-
-
-def draw_tokens(
-    batch: "DecodeBatch", temperature: float, top_p: float, banned: tuple[int, ...]
-) -> tuple[list[int], list[float]]:
-    """The next token of every branch, and its log-probability at the temperature and before top-p;
-    both as lists, and the tokens in the batch's state. Temperature 0 takes the most likely one.
-    CheckpointError for logits that are not finite."""
-    state = batch.state
-    logits = scaled_logits(state.hidden, batch.model.head, temperature or 1.0, banned)
-    all_logprobs, vocabulary = logits.log_softmax(-1), logits.shape[1]  # [B, V]
-    uniform = state.random.gather(1, state.index[:, None]).squeeze(1)  # [B]
-    for nucleus_tokens in (min(NUCLEUS_TOKENS, vocabulary), vocabulary):
-        found = []
-        if temperature == 0:
-            token = logits.argmax(-1)
-        elif top_p >= 1:
-            token = draw(all_logprobs.exp(), uniform)
-        else:
-            probs, is_found = nucleus(all_logprobs.exp(), top_p, nucleus_tokens)
-            token, found = draw(probs, uniform), [is_found.float()]
-        chosen = all_logprobs.gather(1, token[:, None]).squeeze(1)
-        # One tensor makes one wait; float32 holds every token id exactly.
-        tokens, logprobs, *found = torch.stack([token.float(), chosen, *found]).tolist()
-        if all(map(all, found)):  # else a distribution is flat: once more, with all tokens
-            break
-    for branch, logprob in zip(batch.branches, logprobs):
-        if not math.isfinite(logprob):
-            place = f"prompt {branch.prompt.key}: after {len(branch.ids)} tokens"
-            raise CheckpointError(f"{place} the model's logits are no numbers")
-    batch.state = state._replace(token=token)
-    return [int(token) for token in tokens], logprobs
-
-
-def nucleus(probs: Tensor, top_p: float, size: int) -> tuple[Tensor, Tensor]:
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """probs [B, V] without the tokens outside the nucleus: the most likely ones whose probabilities
-    first reach top_p together, and all as likely as the last of them. It is searched among the
-    `size` most likely tokens; the second result says where it was found [B]."""
+    first reach top_p together (NUCLEUS_TOKENS at most), and all as likely as the last of them."""
+    size = min(NUCLEUS_TOKENS, probs.shape[1])
     top = probs.topk(size, dim=-1).values  # descending
-    total = top.cumsum(-1)
-    outside = (total - top) >= max(top_p, 1e-9)  # top_p reached before it; the first always stays
+    before = top.cumsum(-1) - top
+    outside = before >= max(top_p, 1e-9)  # top_p reached before it; the first always stays
     smallest = top.masked_fill(outside, 2.0).amin(-1, keepdim=True)
-    return probs.masked_fill(probs < smallest, 0.0), total[:, -1] >= top_p
+    return probs.masked_fill(probs < smallest, 0.0)
 
 
-def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+def sample_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
     """One token [B] of each distribution [B, V], which need not sum to one, by one uniform number
     each [B]: inverse-CDF sampling, so that a branch's tokens depend on its own random stream alone.
     Probabilities that are not numbers give some token, whose log-probability is none either."""
@@ -777,29 +744,6 @@ def random_stream(seed: int, key: int, branch: int, length: int) -> Tensor:
     return torch.rand(length, generator=generator)
 
 
-# ---- the batch that is decoded
-
-
-@dataclass(eq=False)
-class Prompt:
-    """A prompt that is being answered."""
-
-    key: int  # the caller's name of it
-    length: int  # tokens
-    running: int  # branches that have not ended
-    branches: list["Branch"]  # [n]
-
-
-@dataclass(eq=False)
-class Branch:
-    """One completion while it is generated. It goes on after its end, until it is dropped."""
-
-    prompt: Prompt
-    ids: list[int]
-    logprobs: list[float]
-    completion: Completion | None = None  # once it has ended
-
-
 class DecodeState(NamedTuple):
     """What the device knows of every branch's newest token."""
 
@@ -815,83 +759,108 @@ class DecodeBatch:
     branch adds those of its own tokens. With two branches of one prompt and one of another:
 
         keys in prompt_cache [N, C, K, d]       in own_cache [B, C, K, d]
-          row 0: p p p p .                        row 0: a a .
-                                                  row 1: b b b
-          row 1: q q q q q                        row 2: c . .
+          slot 0: p p p p .                       slot 0: a a .
+                                                  slot 1: b b b
+          slot 1: q q q q q                       slot 2: c . .
 
-    A branch's query attends to its own row and to its prompt's; `attend` joins the two. The host
-    knows every branch's tokens (branches), the device its newest one (state).
+    A branch's query attends to its own slot and to its prompt's; `attention` joins the two. The
+    host knows all tokens (branches), the device the newest one of every branch (state).
     """
 
     def __init__(self, model: QwenVL, prompts, n, max_new_tokens, seed, max_branches, cache_tokens):
         """The arguments are those of `generate`."""
         self.model, self.n, self.max_new_tokens, self.seed = model, n, max_new_tokens, seed
-        self.max_prompts, self.cache_tokens = max(1, max_branches // n), cache_tokens
+        self.max_branches = max_branches
+        self.head = model.head.float()  # as in QwenVL.forward
+        self.cache_tokens = cache_tokens or free_cache_tokens(model)
         self.queue = iter(prompts)
         self.upcoming = next(self.queue, None)  # the first (key, row) that is not in the batch yet
         self.prompts: list[Prompt] = []
-        self.branches: list[Branch] = []
+        self.branches: list[tuple[Prompt, Completion]] = []
+        self.lengths: list[int] = []  # of every branch, its tokens that have gone through the model
         self.state: DecodeState | None = None
         self.prompt_cache, self.own_cache = KVCache(model), KVCache(model)
 
-    def cached_tokens(self, *new_lengths: int) -> int:
-        """Tokens in the caches once all branches are as long as they may, with new prompts, too."""
-        lengths = [*(prompt.length for prompt in self.prompts), *new_lengths]
-        branches = len(self.branches) + len(new_lengths) * self.n
-        return len(lengths) * max(lengths, default=0) + branches * self.max_new_tokens
+    def has_room(self) -> bool:
+        """Whether the upcoming prompt fits with all its completions at their longest, into slots as
+        long as the longest prompt's. Alone it always does."""
+        branches = len(self.branches) + self.n
+        lengths = [len(self.upcoming[1]), *(prompt.length for prompt in self.prompts)]
+        tokens = len(lengths) * max(lengths) + branches * self.max_new_tokens
+        fits = branches <= self.max_branches and tokens <= self.cache_tokens
+        return fits or not self.branches
 
-    def refill(self) -> None:
-        """Once enough of the batch is free, take prompts from the queue, as many as the caches will
-        have room for with all their completions; an empty batch takes one in any case. The order is
-        kept: a prompt too long for the room that is left waits, and those behind it do, too."""
-        free_prompts = self.max_prompts - math.ceil(len(self.branches) / self.n)
-        free_cache = 1 - self.cached_tokens() / self.cache_tokens
-        if self.branches and min(free_prompts / self.max_prompts, free_cache) < REFILL_SHARE:
+    def drop_ended(self) -> None:
+        """Drop branches that have ended, and prompts of which none is left. That copies the caches,
+        so it waits until they are many, or until one has no room for another token."""
+        kept = [i for i, (_, completion) in enumerate(self.branches) if completion.running]
+        many = len(kept) <= (1 - ENDED_SHARE) * len(self.branches)
+        if not self.branches or not (many or self.max_new_tokens in self.lengths):
             return
-        rows = []  # of new prompts, until they are encoded
-        while self.upcoming and free_prompts > 0:
+        chosen = torch.tensor(kept, dtype=torch.long, device=self.model.device)
+        self.state = DecodeState(*(values[chosen] for values in self.state))
+        self.branches = [self.branches[i] for i in kept]
+        self.lengths = [self.lengths[i] for i in kept]
+        self.own_cache.keep(kept, self.own_cache.capacity)
+        unanswered = {prompt for prompt, _ in self.branches}
+        kept = [i for i, prompt in enumerate(self.prompts) if prompt in unanswered]
+        self.prompts = [self.prompts[i] for i in kept]
+        self.prompt_cache.keep(kept, max([prompt.length for prompt in self.prompts], default=0))
+        self.resize_caches()
+
+    def add_prompts(self) -> None:
+        """Take as many prompts as there is room for, in their order, and encode some at a time."""
+        rows = []
+        while self.upcoming and self.has_room():
             key, row = self.upcoming
-            if self.branches and self.cached_tokens(len(row.ids)) > self.cache_tokens:
-                break
-            prompt = Prompt(key, len(row.ids), self.n, [])
-            prompt.branches += [Branch(prompt, [], []) for _ in range(self.n)]
+            prompt = Prompt(key, len(row), [Completion([], []) for _ in range(self.n)])
             self.prompts.append(prompt)
-            self.branches += prompt.branches
+            self.branches += [(prompt, completion) for completion in prompt.completions]
             rows.append(row)
-            if sum(len(row.ids) for row in rows) >= PREFILL_TOKENS:
+            self.upcoming = next(self.queue, None)
+            if sum(map(len, rows)) >= PREFILL_TOKENS:
                 self.prefill(rows)
                 rows = []
-            self.upcoming = next(self.queue, None)
-            free_prompts -= 1
         if rows:
             self.prefill(rows)
 
-    def prefill(self, rows: list) -> None:
-        """Encode the newest prompts, whose rows these are, so that their branches can start."""
-        # 1. One forward pass over all rows, packed, fills the prompts' cache.
-        lengths = [len(row.ids) for row in rows]
-        row, device = rows[0].join(*rows[1:]), self.model.device
-        packed_attention = row_attention(row, device)
+    def resize_caches(self) -> None:
+        """Let the caches have a slot for every branch and every prompt, in this order."""
+        device, count = self.model.device, len(self.branches)
+        lengths = [prompt.length for prompt in self.prompts]
+        queries = Counter(prompt for prompt, _ in self.branches)
+        capacity = max([self.prompt_cache.capacity, *lengths])
+        self.prompt_cache.grow(list(queries.values()), capacity)
+        self.prompt_cache.set_lengths(torch.tensor(lengths, device=device), max(lengths, default=0))
+        self.own_cache.grow([1] * count, self.own_cache.capacity)
+        self.slots = torch.arange(count, device=device)
 
-        def attend(q, k, v, layer):
-            """Attention of the packed row, whose keys and values go to the cache, too."""
-            if layer == 0:  # not before: the images' activations need the memory, too
-                self.arrange_caches()
-            cache = self.prompt_cache.layers[layer]  # [2, N, C, K, d]
-            keys, values = cache[:, -len(rows) :]  # [new prompts, C, K, d]
-            for i, (new_k, new_v) in enumerate(zip(k.split(lengths), v.split(lengths))):
-                keys[i, : lengths[i]] = new_k
-                values[i, : lengths[i]] = new_v
+    def prefill(self, rows: list[Row]) -> None:
+        """Encode the newest prompts, whose rows these are, so that their branches can start."""
+        # 1. One forward pass over all rows, packed, whose keys and values go to the cache.
+        row, device = Row.join(*rows), self.model.device
+        packed_attention = PackedAttention.of_row(row, device)
+        new_layers = []
+
+        def recording(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            new_layers.append(torch.stack([k, v]))  # [2, T, K, d]
             return packed_attention(q, k, v)
 
-        hidden = self.model.hidden(row, attend)  # [T, D]
+        hidden = self.model.hidden(row, recording)  # [T, D]
+        self.resize_caches()
+        lengths = [len(row) for row in rows]
+        for layer, new in zip(self.prompt_cache.layers, new_layers):
+            slots = layer[:, -len(rows) :].unbind(1)  # of each new prompt [2, C, K, d]
+            for slot, keys_values in zip(slots, new.split(lengths, dim=1)):
+                slot[:, : keys_values.shape[1]] = keys_values
         # 2. Branches start at the prompts' last tokens. These are text: all coordinates are equal.
         last = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(self.n)  # [new branches]
         zeros = torch.zeros_like(last).to(device)
-        random = []
-        for prompt in self.prompts[-len(rows) :]:
-            for i in range(self.n):
-                random.append(random_stream(self.seed, prompt.key, i, self.max_new_tokens))
+        random = [
+            random_stream(self.seed, prompt.key, i, self.max_new_tokens)
+            for prompt in self.prompts[-len(rows) :]
+            for i in range(self.n)
+        ]
         new = DecodeState(
             hidden=hidden[last.to(device)],
             token=zeros,
@@ -902,66 +871,64 @@ class DecodeBatch:
         if self.state:
             new = DecodeState(*map(torch.cat, zip(self.state, new)))
         self.state = new
+        self.lengths += [0] * len(last)
 
-    def record(self, tokens: list[int], logprobs: list[float], stop_ids) -> Iterator[Prompt]:
+    def draw(self, temperature: float, top_p: float, banned, words) -> list[list[float]]:
+        """The next token of every branch, which goes into the state, its log-probability and, with
+        words, P(harmful). Temperature 0 takes the most likely one."""
+        state = self.state
+        logits = F.linear(state.hidden.float(), self.head)  # [B, V]
+        scores = []
+        if words:
+            harmful, unharmful = words
+            scores = [torch.sigmoid(logits[:, harmful] - logits[:, unharmful])]
+        logprobs = scale_logits(logits, temperature or 1.0, banned).log_softmax(-1)
+        if temperature == 0:
+            token = logprobs.argmax(-1)
+        else:
+            probs = logprobs.exp()
+            if top_p < 1:
+                probs = nucleus(probs, top_p)
+            uniform = state.random.gather(1, state.index[:, None]).squeeze(1)
+            token = sample_tokens(probs, uniform)
+        self.state = state._replace(token=token)
+        chosen = logprobs.gather(1, token[:, None]).squeeze(1)
+        # One tensor, so that the host waits once for the device; float32 holds every token id.
+        return torch.stack([token.float(), chosen, *scores], dim=1).tolist()
+
+    def record(self, drawn: list[list[float]], stop_ids) -> Iterator[Prompt]:
         """Note the new token of every branch; yields the prompts whose last branch ends with it."""
-        for branch, token, logprob in zip(self.branches, tokens, logprobs):
-            branch.ids.append(token)
-            branch.logprobs.append(logprob)
-            finished = token in stop_ids
-            ends = finished or len(branch.ids) == self.max_new_tokens
-            if ends and branch.completion is None:
-                scores = torch.tensor(branch.logprobs)
-                branch.completion = Completion(branch.ids.copy(), scores, finished)
-                branch.prompt.running -= 1
-                if branch.prompt.running == 0:
-                    yield branch.prompt
-
-    def compact(self) -> None:
-        """Drop finished branches when they are many, or when one has no room for another token; and
-        the prompts of which no branch is left."""
-        running = [i for i, branch in enumerate(self.branches) if branch.completion is None]
-        full = any(len(branch.ids) == self.max_new_tokens for branch in self.branches)
-        if not full and len(running) > (1 - COMPACT_SHARE) * len(self.branches):
-            return
-        unanswered = [i for i, prompt in enumerate(self.prompts) if prompt.running]
-        self.branches = [self.branches[i] for i in running]
-        self.prompts = [self.prompts[i] for i in unanswered]
-        self.arrange_caches(running, unanswered)
-        kept = torch.tensor(running, dtype=torch.long, device=self.model.device)
-        self.state = DecodeState(*(values[kept] for values in self.state))
-
-    def arrange_caches(
-        self, branches: list[int] | None = None, prompts: list[int] | None = None
-    ) -> None:
-        """Give every branch and every prompt its row of a cache. branches, prompts: which of the
-        rows before stay (None: all); new ones follow them."""
-        device, count = self.model.device, len(self.branches)
-        self.rows = torch.arange(count, device=device)
-        self.own_cache.resize([1] * count, self.own_cache.capacity, branches)
-        lengths = [prompt.length for prompt in self.prompts]
-        counts = Counter(branch.prompt for branch in self.branches)
-        self.prompt_cache.resize(list(counts.values()), max(lengths, default=0), prompts)
-        self.prompt_cache.set_lengths(lengths, torch.tensor(lengths, device=device))
+        for (prompt, completion), (token, *scores) in zip(self.branches, drawn):
+            if not completion.running:
+                continue
+            if not math.isfinite(scores[0]):
+                place = f"prompt {prompt.key}: after {len(completion.ids)} tokens"
+                raise CheckpointError(f"{place} the model's logits are no numbers")
+            completion.ids.append(int(token))
+            completion.scores.append(scores)
+            completion.finished = completion.ids[-1] in stop_ids
+            if completion.finished or len(completion.ids) == self.max_new_tokens:
+                completion.running = False
+                if not any(other.running for other in prompt.completions):
+                    yield prompt
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
         state, model = self.state, self.model
-        lengths = [len(branch.ids) for branch in self.branches]
-        if max(lengths) > self.own_cache.capacity:
-            capacity = min(max(64, 2 * max(lengths)), self.max_new_tokens)
-            self.own_cache.resize([1] * len(lengths), capacity)
-        # The layers put the keys of the newest tokens to state.index: index + 1 then count.
-        index = state.index + 1
-        self.own_cache.set_lengths(lengths, index)
+        self.lengths = [length + 1 for length in self.lengths]
+        longest, index = max(self.lengths), state.index + 1
+        if longest > self.own_cache.capacity:
+            capacity = min(max(64, 2 * longest), self.max_new_tokens)
+            self.own_cache.grow([1] * len(self.lengths), capacity)
+        self.own_cache.set_lengths(index, longest)
         x = model.model.embed_tokens(state.token)  # [B, D]
         cos, sin = model.rope(state.position.expand(3, -1))
         for layer in model.model.layers:
-            x = layer(x, cos, sin, self.attend)
-        hidden, position = model.model.norm(x), state.position + 1
-        self.state = state._replace(hidden=hidden, position=position, index=index)
+            x = layer(x, cos, sin, self.attention)
+        hidden = model.model.norm(x)
+        self.state = state._replace(hidden=hidden, position=state.position + 1, index=index)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d].
 
         A branch attends to its prompt and to its own tokens in two softmaxes with normalisers Z_p
@@ -969,7 +936,7 @@ class DecodeBatch:
         sigmoid(log Z_p - log Z_o).
         """
         newest = torch.stack([k, v])  # [2, B, K, d]
-        self.own_cache.layers[layer][:, self.rows, self.state.index] = newest
+        self.own_cache.layers[layer][:, self.slots, self.state.index] = newest
         own_out, own_lse = self.own_cache.attend(q, layer)
         prompt_out, prompt_lse = self.prompt_cache.attend(q, layer)
         weight = torch.sigmoid(prompt_lse - own_lse)[..., None]
@@ -977,232 +944,232 @@ class DecodeBatch:
         return torch.lerp(own_out.float(), prompt_out.float(), weight).to(q.dtype)
 
 
-# ---- keys and values, and attention to them
+def free_cache_tokens(model: QwenVL) -> int:
+    """How many tokens' keys and values fit: on a GPU into CACHE_SHARE of its free memory."""
+    config, device = model.config, model.device
+    if device.type != "cuda":
+        return 2**20  # the free memory is not known
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    of_a_layer = 2 * config.num_key_value_heads * config.head_dim * model.head.itemsize  # bytes
+    return max(1, int(CACHE_SHARE * free) // (config.num_hidden_layers * of_a_layer))
 
 
 class KVCache:
-    """Keys and values of R sequences, the rows, and the attention of B queries, each to one row.
+    """Keys and values of R sequences, a slot each, and the attention of B queries, each to a slot.
 
-    layers: keys and values of every layer [2, R, C, K, d], in memory as attention reads them: for
-    variable-length attention token after token of a row; for the plain formula those of a key head
-    together. What lies beyond a row's length never counts.
-
-    The queries of a row are neighbours. In the prompts' cache above, queries 0 and 1 attend to row
-    0 and query 2 to row 1: counts [2, 1]. The plain formula wants as many queries for each row, and
-    puts these at places 0, 1, 2 of 4.
+    layers: keys and values of every layer [2, R, C, K, d]. What lies beyond a slot's length never
+    counts. The queries of a slot are neighbours; in the prompts' cache above, queries 0 and 1
+    attend to slot 0 and query 2 to slot 1.
     """
 
     def __init__(self, model: QwenVL):
-        config, weight = model.config, model.head
-        empty = weight.new_zeros(2, 0, 0, config.num_key_value_heads, config.head_dim)
-        self.layers, self.capacity = [empty] * config.num_hidden_layers, 0
+        self.head, self.shape = (
+            model.head,
+            (model.config.num_key_value_heads, model.config.head_dim),
+        )
+        self.capacity = 0
+        self.layers = [self.zeros(0, 0)] * model.config.num_hidden_layers
 
-    def resize(self, counts: list[int], capacity: int, kept: list[int] | None = None) -> None:
-        """Make room for a row for each of the counts: of the queries, how many attend to it. Of the
-        rows before, those `kept` stay (None: all). Layers are replaced one by one: two whole caches
-        never exist. Nothing is copied where rows and capacity stay as they are."""
-        rows, device = len(counts), self.layers[0].device
-        if kept is not None:
-            kept = torch.tensor(kept, dtype=torch.long, device=device)
-        for i, old in enumerate(self.layers):
-            drops_rows = kept is not None and len(kept) < old.shape[1]
-            if drops_rows or (rows, capacity) != old.shape[1:3]:
-                self.layers[i] = self.resized(old, rows, capacity, kept)
-        self.capacity, self.most_queries = capacity, max(counts, default=0)
-        self.query_ends = boundaries(counts, device)
-        self.row_ends = boundaries([capacity] * rows, device)
+    def zeros(self, slots: int, capacity: int) -> Tensor:
+        """A layer, in memory as attention reads it: token after token for the kernel, all tokens of
+        a key head together for the plain formula, which would copy it otherwise."""
+        heads, size = self.shape
+        if has_varlen(self.head):
+            return self.head.new_zeros(2, slots, capacity, heads, size)
+        return self.head.new_zeros(2, slots, heads, capacity, size).transpose(2, 3)
+
+    def keep(self, slots: list[int], capacity: int) -> None:
+        """Drop all slots but these, and all tokens beyond the capacity. Layer by layer: two whole
+        caches never exist."""
+        chosen = torch.tensor(slots, dtype=torch.long, device=self.head.device)
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = self.zeros(len(slots), capacity)
+            self.layers[i].copy_(layer[:, chosen, :capacity])
+        self.capacity = capacity
+
+    def grow(self, queries: list[int], capacity: int) -> None:
+        """Make room for more slots and longer ones; what is there stays first. queries: how many
+        attend to each slot."""
+        device, slots = self.head.device, len(queries)
+        if (slots, capacity) != self.layers[0].shape[1:3]:
+            for i, layer in enumerate(self.layers):
+                self.layers[i] = self.zeros(slots, capacity)
+                self.layers[i][:, : layer.shape[1], : layer.shape[2]] = layer
+        self.capacity, self.most_queries = capacity, max(queries, default=0)
+        self.ends = boundaries(queries, device), boundaries([capacity] * slots, device)
+        # The plain formula wants equally many queries for each slot, and pads them: of slots with 2
+        # and 1 queries these are numbers 0, 1 and 2 of 4.
         self.places = None
-        if len(set(counts)) > 1 and not has_varlen(self.layers[0]):
-            is_used = torch.arange(self.most_queries) < torch.tensor(counts)[:, None]
+        if len(set(queries)) > 1:
+            is_used = torch.arange(self.most_queries) < torch.tensor(queries)[:, None]
             self.places = is_used.flatten().nonzero().squeeze(1).to(device)  # [B]
 
-    @staticmethod
-    def resized(old: Tensor, rows: int, capacity: int, kept: Tensor | None) -> Tensor:
-        """A layer [2, rows, capacity, K, d], whose first rows are those of `old` that are kept."""
-        heads, size = old.shape[3:]
-        if has_varlen(old):
-            new = old.new_zeros(2, rows, capacity, heads, size)
-        else:
-            new = old.new_zeros(2, rows, heads, capacity, size).transpose(2, 3)
-        if kept is not None:
-            old = old[:, kept, :capacity]
-        new[:, : old.shape[1], : old.shape[2]] = old
-        return new
-
-    def set_lengths(self, lengths: list[int], on_device: Tensor) -> None:
-        """How many keys of each row count [R], for the host and for the device."""
-        self.lengths, self.longest = on_device.int(), max(lengths, default=0)
-        self.masked_keys = None
-        if len(set(lengths)) > 1 and not has_varlen(self.layers[0]):
-            tokens = torch.arange(self.longest, device=on_device.device)
-            self.masked_keys = tokens >= on_device.view(-1, 1, 1, 1)  # [R, 1, 1, longest]
+    def set_lengths(self, lengths: Tensor, longest: int) -> None:
+        """How many keys of each slot count [R], on the device, and the most of them."""
+        self.lengths, self.longest = lengths.int(), longest
+        if not has_varlen(self.head):
+            tokens = torch.arange(longest, device=lengths.device)
+            self.masked_keys = tokens >= lengths.view(-1, 1, 1, 1, 1)  # [R, 1, 1, 1, longest]
 
     def attend(self, q: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """softmax(q k / sqrt(d)) v of queries q [B, H, d] over keys and values of a layer: [B, H,
         d] in q's type, and the logarithms of the softmaxes' normalisers [B, H], float32."""
         keys, values = self.layers[layer]  # [R, C, K, d]
         if has_varlen(q):
-            out, lse = varlen_attn(
-                q,
-                keys.flatten(0, 1),
-                values.flatten(0, 1),
-                self.query_ends,
-                self.row_ends,
-                self.most_queries,
-                self.longest,
-                return_aux=AuxRequest(lse=True),
-                enable_gqa=True,
-                seqused_k=self.lengths,
-            )
-            return out, lse.T
-        # Written out, in float32: R rows, Q queries of each, K key heads, G query heads of each.
-        rows, _, heads, size = keys.shape
+            longest = self.most_queries, self.longest
+            packed = q, keys.flatten(0, 1), values.flatten(0, 1)
+            return varlen_attention(*packed, self.ends, longest, used=self.lengths)
+        # Written out, in float32: Q queries of every slot, G heads of each for a key head.
+        slots, _, kv_heads, size = keys.shape
         queries = q.float() * size**-0.5
         if self.places is not None:
-            padded = queries.new_zeros(rows * self.most_queries, *q.shape[1:])
+            padded = queries.new_zeros(slots * self.most_queries, *q.shape[1:])
             queries = padded.index_copy_(0, self.places, queries)
-        queries = queries.view(rows, self.most_queries, heads, -1, size).transpose(1, 2)
-        keys = keys[:, : self.longest].transpose(1, 2).float()  # [R, K, t, d]
-        values = values[:, : self.longest].transpose(1, 2).float()
-        scores = queries.flatten(2, 3) @ keys.mT  # [R, K, Q * G, t]
-        if self.masked_keys is not None:
-            scores.masked_fill_(self.masked_keys, float("-inf"))
-        out = (scores.softmax(-1) @ values).view(queries.shape)  # [R, K, Q, G, d]
-        lse = scores.logsumexp(-1).view(queries.shape[:-1])
-        out = out.transpose(1, 2).reshape(-1, q.shape[1], size)  # [R * Q, H, d]
-        lse = lse.transpose(1, 2).reshape(-1, q.shape[1])
+        queries = queries.view(slots, self.most_queries, kv_heads, -1, size)  # [R, Q, K, G, d]
+        keys = keys[:, : self.longest].float()  # [R, t, K, d]
+        values = values[:, : self.longest].float()
+        scores = torch.einsum("rqkgd,rtkd->rkqgt", queries, keys)
+        scores.masked_fill_(self.masked_keys, float("-inf"))
+        out = torch.einsum("rkqgt,rtkd->rqkgd", scores.softmax(-1), values)
+        out = out.reshape(-1, *q.shape[1:])  # [R * Q, H, d]
+        lse = scores.logsumexp(-1).transpose(1, 2).reshape(-1, q.shape[1])  # [R * Q, H]
         if self.places is not None:
             out, lse = out[self.places], lse[self.places]
         return out.to(q.dtype), lse
 
 
-# ------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------------------- checkpoints
 
 
-def locate(path: str) -> Path:
-    """The folder: `path` itself, or the snapshot of a hub id (downloaded if missing)."""
-    folder = Path(path)
+def locate(name: str) -> Path:
+    """The folder: `name` itself, or the snapshot of a hub id (downloaded if missing)."""
+    folder = Path(name)
     if folder.is_dir():
         return folder
-    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
-    if folder.exists() or not is_hub_id:
-        raise CheckpointError(f"{path}: no such checkpoint directory")
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise CheckpointError(f"{name}: no such checkpoint directory")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = "neither a directory nor a hub id that can be fetched"
-        raise CheckpointError(f"{path}: {reason}") from error
+        raise CheckpointError(f"{name}: {reason}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's weights. CheckpointError if it is not certain which are meant."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if any(folder.glob("adapter_*")):
+        raise CheckpointError(f"{folder}: holds an adapter (LoRA); merge it into the weights first")
+    if not index.exists():
+        return [whole]
+    if whole.exists():
+        raise CheckpointError(f"{folder}: {whole.name} and {index.name}; remove what is not meant")
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read ({error!r})") from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index}: names files outside of its folder")
+    return [folder / name for name in sorted(names)]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors under their published names, mapped from the files, not read into memory."""
-    tensors, files = {}, ["model.safetensors"]
-    path = folder / "model.safetensors.index.json"
-    try:
-        if path.exists():
-            files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        for path in [folder / file for file in files]:
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys():
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
                     published = name.replace("model.visual.", "visual.")
                     published = published.replace("model.language_model.", "model.")
-                    tensors[published] = handle.get_tensor(name)
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error!r})") from error
+                    tensors[published] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
     return tensors
 
 
 def outline(folder: Path) -> QwenVL:
     """The model of a checkpoint directory without its weights: shapes only, on the meta device.
     CheckpointError if config.json is missing or does not fit."""
-    config = folder / "config.json"
+    path = folder / "config.json"
     try:
         with torch.device("meta"):
-            return QwenVL(Config.from_json(json.loads(config.read_text())))
+            return QwenVL(Config.from_json(json.loads(path.read_text())))
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{config}: missing, or does not fit ({error})") from error
+        raise CheckpointError(f"{path}: missing, or does not fit ({error})") from error
 
 
-def load(path: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> QwenVL:
+def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> QwenVL:
     """A model from a checkpoint directory or hub id; dtype None keeps the stored one.
 
     The files are mapped: what needs neither conversion nor a move stays there, and beside the
     mapping one tensor at a time is held twice. CheckpointError names the first tensors that are
-    missing, unexpected or misshapen, or one that is not finite.
+    missing, unexpected or misshapen.
     """
-    folder = locate(path)
+    folder = locate(name)
     model, tensors = outline(folder), read_tensors(folder)
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some files repeat the tied matrix
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
+        # Some files repeat the tied matrix.
+        head, embeddings = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if embeddings is None or not torch.equal(head, embeddings):
+            problem = "lm_head.weight is not the embeddings, as tie_word_embeddings says"
+            raise CheckpointError(f"{folder}: {problem}; set that to false in config.json")
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: {shorten(str(error), 400)}") from error
-    for name, parameter in model.named_parameters():
-        if not torch.stack(parameter.data.aminmax()).isfinite().all():  # NaN comes through
-            raise CheckpointError(f"{folder}: {name} holds NaN or infinite numbers")
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(device).to(dtype or parameter.dtype)  # converted there
     return model
 
 
 def save(
-    model: QwenVL, folder: str | Path, source: str | Path, dtype: torch.dtype | None = None
+    model: QwenVL,
+    folder: str | Path,
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    files: dict[str, str] | None = None,
 ) -> None:
-    """Write a checkpoint directory in published names; its other files come from `source`.
+    """Write a checkpoint directory in published names. Its other files come from the checkpoint
+    `source`, or are given as {name: text} in `files`.
 
     dtype None keeps the model's. Sharded models are gathered, so every rank must call; rank 0
-    writes. The weights appear under their final name only when complete.
+    writes. The weights appear under their final name last.
     """
     folder, source = Path(folder), locate(str(source))
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if model.sharded:
-        model.reshard()  # a forward without backward leaves the root whole, in the compute type
     state = {}
-    for name, parameter in model.named_parameters():
-        whole = full(parameter).detach()  # collective
+    for name, whole in whole_parameters(model):  # collective
         if writes:
             state[name] = whole.to("cpu", dtype).contiguous()
     if not writes:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        of_a_run = file.name == "run.json" or file.name.endswith(".index.json")
+        if file.suffix in (".json", ".txt", ".jinja") and not of_a_run and source != folder:
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((source / "config.json").read_text())
+    stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
+        part |= {name: stored for name in ("torch_dtype", "dtype") if name in part}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, text in (files or {}).items():
+        (folder / name).write_text(text)
     final, partial = folder / "model.safetensors", folder / "model.safetensors.partial"
     try:
         save_file(state, partial, metadata={"format": "pt"})
     except SafetensorError as error:
         raise CheckpointError(f"{final}: the weights cannot be written ({error})") from error
-    # Only after the weights, which take long: until then an earlier checkpoint in the folder keeps
-    # the config that fits it.
-    stored = next(iter(state.values())).dtype
-    copy_small_files(source, folder, str(stored).removeprefix("torch."))
-    # A reader would take an earlier checkpoint's shards instead, as long as it finds their index.
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    shutil.copymode(folder / "config.json", partial)  # save_file lets nobody else read them
     os.replace(partial, final)
-    for shard_of_before in folder.glob("model-*-of-*.safetensors"):
-        shard_of_before.unlink()
 
 
-def copy_small_files(source: Path, folder: Path, dtype: str) -> None:
-    """Config (with this dtype), tokenizer and preprocessor; not the index, not what a run left."""
-    others = (".safetensors.index.json", "run.json")
-    for file in source.iterdir():
-        is_small = file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(others)
-        if is_small and file.name != "config.json":
-            with suppress(shutil.SameFileError):  # the model is saved where it came from
-                shutil.copyfile(file, folder / file.name)
-    config = json.loads((source / "config.json").read_text())
-    for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
-        for key in {"torch_dtype", "dtype"} & part.keys():
-            part[key] = dtype
-    try:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as error:  # a full disk, as the system reports it, names no file
-        raise CheckpointError(f"{folder}/config.json: cannot be written ({error})") from error
-
-
-# ---------------------------------------------------------------------------------- several ranks
+# -------------------------------------------------------------------------------- several ranks
 
 
 @dataclass(frozen=True)
@@ -1212,6 +1179,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    compute: torch.dtype  # what models compute in
 
     def reduce(self, value: float, how: str = "sum") -> float:
         """The sum (or "max") of a number over all ranks."""
@@ -1234,78 +1202,71 @@ class Ranks:
             torch.distributed.barrier()
 
 
-def choose_device(name: str, local_rank: int | None) -> torch.device:
-    """The device of this process, on CUDA its current one: with several ranks the GPU of its number
-    on its machine, local_rank. "auto" is CUDA, else MPS, else CPU. OSError if it cannot be used."""
+def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
+    """Read torchrun's environment, choose device and type, join the group, and say once what is
+    used. OSError if something of that cannot be."""
+    launched = torch.distributed.is_torchelastic_launched()
+    if not launched and {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        raise OSError("RANK or WORLD_SIZE is set, but not by torchrun: unset it, or use torchrun")
+    rank, world, local_rank = 0, 1, 0
+    if launched:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, world, local_rank = (int(os.environ[name]) for name in names)
+    # Segments that grow fit caches that do. This must be said before CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    device = choose_device(device_name, local_rank)
+    on_cuda = device.type == "cuda"
+    # From compute capability 8.0 (A100, RTX 30) on, variable-length attention has its kernels.
+    recent = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if dtype_name == "auto":
+        dtype_name = "bfloat16" if recent else "float32"
+    if dtype_name == "bfloat16" and on_cuda and not recent:
+        raise OSError("--dtype bfloat16: this card has no kernels for it; use float32")
+    if on_cuda:
+        # cuDNN's attention builds a graph for every new shape, and packed rows hardly repeat one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if recent and dtype_name == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # TF32, for the head: see QwenVL.forward
+    if world > 1:
+        # Ranks wait in a collective while another one still generates: outputs differ in length.
+        # (In mining and evaluation for all of its share; after an hour the job can be resumed.)
+        backend, wait = "nccl" if on_cuda else "gloo", timedelta(hours=1)
+        torch.distributed.init_process_group(
+            backend, timeout=wait, device_id=device if on_cuda else None
+        )
+    if rank == 0:
+        print(f"{world} x {device.type}, computing in {dtype_name}")
+        if torch.version.cuda and not torch.cuda.is_available():
+            print(f"torch is built for CUDA {torch.version.cuda}, but finds no GPU that it can use")
+    return Ranks(rank, world, device, getattr(torch, dtype_name))
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device of this process, on CUDA its current one: the GPU of its number on its machine,
+    unless `name` names another. "auto" is CUDA, else MPS, else CPU. OSError if it is of no use."""
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
         device = torch.device(name)
+        if name == "cuda":
+            device = torch.device("cuda", local_rank)
         if device.type == "cuda":
-            index = device.index or 0  # "cuda" has the index None, which set_device refuses
-            device = torch.device("cuda", index if local_rank is None else local_rank)
-            if torch.cuda.is_available():
-                torch.cuda.set_device(device)
-        torch.zeros(1, device=device)  # says why, if it cannot be used
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()  # says why, if it cannot be used
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise OSError(f"device {name} cannot be used here: {reason}") from error
     return device
 
 
-def start_ranks(name: str = "auto") -> Ranks:
-    """Read torchrun's environment, choose the device and, with several ranks, join the group until
-    the process ends, and let Ctrl-C end it at once."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(name, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        # cuDNN's attention builds a graph for every new shape, and packed rows hardly repeat one.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if world > 1:
-        # Ranks wait in a collective while another one still generates: outputs differ in length.
-        # (In mining and evaluation for all of its share; after an hour the job can be resumed.)
-        torch.distributed.init_process_group(
-            "nccl" if on_cuda else "gloo",
-            timeout=timedelta(hours=1),
-            device_id=device if on_cuda else None,
-        )
-        # At exit, that is after success: an error does not come there (data.end_process).
-        atexit.register(leave_group)
-        # Ctrl-C ends a rank at once, also one that waits for others: Python's handler would not.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return Ranks(rank, world, device)
-
-
-def leave_group() -> None:
-    """Close the process group after success, and let its threads run: one that still waits for the
-    interpreter's lock when the interpreter ends (to drop what the last collective held) aborts the
-    process, about one run in twenty on a busy machine."""
-    torch.distributed.destroy_process_group()
-    time.sleep(0.5)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type for --dtype auto, float32 or bfloat16. auto is bfloat16 on CUDA from compute
-    capability 8.0 (A100, RTX 30) on, where variable-length attention has kernels, else float32."""
-    on_cuda = device.type == "cuda"
-    recent = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    if name == "auto":
-        return torch.bfloat16 if recent else torch.float32
-    if name == "bfloat16" and on_cuda and not recent:
-        reason = "this card has no kernels for it (they want compute capability 8.0)"
-        raise OSError(f"--dtype bfloat16: {reason}; use float32")
-    return getattr(torch, name)
-
-
-def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
+def shard(model: QwenVL, ranks: Ranks) -> QwenVL:
     """The model as it trains: float32 master weights on the rank's device. They are moved and
     converted block by block, so that beside a GPU no float32 copy exists on the host. With several
     ranks (FSDP2) the parameters, gradients and optimizer state of every block are cut over the
-    ranks; blocks compute in `compute`; gradients are reduced in float32."""
+    ranks, and gathered while it computes; gradients are reduced in float32."""
+    model.compute = ranks.compute
     model.sharded = ranks.world > 1
     if model.sharded:
         from torch.distributed.device_mesh import init_device_mesh
@@ -1313,9 +1274,9 @@ def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
 
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         policy = MixedPrecisionPolicy(
-            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=ranks.compute, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for block in sharded_blocks(model):
+    for block in [*model.visual.blocks, *model.model.layers, model]:
         for parameter in block.parameters():
             # Not those of blocks within it, which have had their turn.
             if parameter.device != ranks.device or parameter.dtype != torch.float32:
@@ -1325,32 +1286,28 @@ def shard(model: QwenVL, ranks: Ranks, compute: torch.dtype) -> QwenVL:
     return model
 
 
-def full(parameter: Tensor) -> Tensor:
-    """The whole of a parameter, gathered if it is sharded."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, gathered if it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_parameters(model: QwenVL) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole of every parameter, gathered one by one. Every rank must go through all."""
+    if model.sharded:
+        model.reshard()  # a forward without backward leaves the root whole, in the compute type
+    for name, parameter in model.named_parameters():
+        yield name, full(parameter.detach())
 
 
 @torch.no_grad()
 def replica(model: QwenVL, dtype: torch.dtype) -> QwenVL:
     """An unsharded copy of the weights in `dtype` to generate with; of a whole model in that dtype
     the model itself. Every rank must call."""
-    if not model.sharded and next(model.parameters()).dtype == dtype:
+    if not model.sharded and model.head.dtype == dtype:
         return model
     with torch.device("meta"):
-        whole = QwenVL(model.config)
-    whole = whole.to(dtype).to_empty(device=model.device).eval()
-    if not model.sharded:
-        whole.load_state_dict(model.state_dict())
-        return whole
-    for block, target_block in zip(sharded_blocks(model), sharded_blocks(whole)):
-        block.unshard()  # one gather for the whole block, in the type it computes in
-        for target, parameter in zip(target_block.parameters(), block.parameters(), strict=True):
-            if not hasattr(parameter, "full_tensor"):  # which is of a block that has had its turn
-                target.copy_(parameter)
-        block.reshard()
-    return whole
-
-
-def sharded_blocks(model: QwenVL) -> list[nn.Module]:
-    """What is sharded, gathered and freed as one: each layer, and the model for all the rest."""
-    return [*model.visual.blocks, *model.model.layers, model]
+        copy = QwenVL(model.config)
+    copy = copy.to(dtype).to_empty(device=model.device).eval()
+    for target, (_, whole) in zip(copy.parameters(), whole_parameters(model)):
+        target.copy_(whole)
+    return copy

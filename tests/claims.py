@@ -11,7 +11,7 @@ these cancels.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,28 +39,20 @@ class Interval(NamedTuple):
     mean: float
     half_width: float | None
 
-    def text(self, digits: int = 1, sign: str = "") -> str:
-        shown = f"{self.mean:{sign}.{digits}f}"
-        return shown if self.half_width is None else f"{shown} ± {self.half_width:.{digits}f}"
-
 
 class Result(NamedTuple):
     """What one seed gave."""
 
     scores: dict[str, dict[str, float]]  # {variant: {metric: value}}
     courses: dict[str, dict[str, list[float]]]  # {RL variant: {metric: its mean in each quarter}}
-    seconds: dict[str, float]  # {stage: wall seconds}
 
 
 class Line(NamedTuple):
-    """A row of the table."""
+    """A line of the table."""
 
     claim: str
     variant: str
     against: str  # the variant that it is compared with
-
-
-# ---------------------------------------------------------------------- numbers
 
 
 def interval(values: list[float]) -> Interval:
@@ -72,14 +64,8 @@ def interval(values: list[float]) -> Interval:
     return Interval(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n))
 
 
-def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Interval | None:
-    """Ours less theirs ({seed: value}), over the seeds that both have; None if there is none."""
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return interval(differences) if differences else None
-
-
 def scores(predictions: Path, seed: int) -> dict[str, float]:
-    """The metrics of evaluate.py on a toy test set, and besides f1_several and f1_single: of rows
+    """The metrics of evaluate.py on a toy test set, and besides f1_several and f1_single: of samples
     with several items, where harm can hide, and of the others; recaps and repeats: % of outputs
     with a recap, and with more than one."""
     records = read_records(predictions)
@@ -87,26 +73,25 @@ def scores(predictions: Path, seed: int) -> dict[str, float]:
     hiding = [record for record in records if record["id"] in several]
     single = [record for record in records if record["id"] not in several]
     recaps = [record["output"].count(RECAPPED) for record in records]
-    return compute_metrics(records) | {
-        "f1_several": compute_metrics(hiding)["f1"],
-        "f1_single": compute_metrics(single)["f1"],
-        "recaps": 100 * statistics.mean(count > 0 for count in recaps),
-        "repeats": 100 * statistics.mean(count > 1 for count in recaps),
-    }
+    found = compute_metrics(records)
+    found["f1_several"] = compute_metrics(hiding)["f1"]
+    found["f1_single"] = compute_metrics(single)["f1"]
+    found["recaps"] = 100 * statistics.mean(count > 0 for count in recaps)
+    found["repeats"] = 100 * statistics.mean(count > 1 for count in recaps)
+    return found
 
 
 def course(metrics: Path) -> dict[str, list[float]]:
     """Length, entropy and share of clipped tokens: their means in each quarter of an RL run."""
-    steps = [
-        step | {"clipped": step["clipped_high"] + step["clipped_low"]}
-        for step in read_records(metrics)
-    ]
+    steps = read_records(metrics)
+    for step in steps:
+        step["clipped"] = step["clipped_high"] + step["clipped_low"]
     ends = [len(steps) * quarter // 4 for quarter in range(5)]
-    quarters = [steps[begin:end] for begin, end in zip(ends, ends[1:])]
-    return {
-        name: [statistics.mean(step[name] for step in part) for part in quarters if part]
-        for name in COURSE
-    }
+    quarters = [steps[begin:end] for begin, end in zip(ends, ends[1:]) if end > begin]
+    found = {}
+    for name in COURSE:
+        found[name] = [statistics.mean(step[name] for step in part) for part in quarters]
+    return found
 
 
 def by_seed(results: dict[int, Result], variant: str, metric: str) -> dict[int, float]:
@@ -116,23 +101,24 @@ def by_seed(results: dict[int, Result], variant: str, metric: str) -> dict[int, 
 
 
 def difference(results: dict[int, Result], line: Line, metric: str) -> Interval | None:
-    """How much more a variant has than the one it is compared with; None without such a pair."""
-    if line.variant == line.against:
-        return None
+    """How much more a variant has than the one it is compared with, over the seeds that have both;
+    None if no seed has, or if it is compared with nothing else."""
     ours, theirs = (by_seed(results, name, metric) for name in (line.variant, line.against))
-    return paired_difference(ours, theirs)
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return interval(differences) if differences and line.variant != line.against else None
 
 
-# ---------------------------------------------------------------------- tables
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def cell(found: Interval | None, metric: str, sign: str = "") -> str:
-    return "-" if found is None else found.text(DIGITS.get(metric, 1), sign)
+    if found is None:
+        return "-"
+    digits = DIGITS.get(metric, 1)
+    mean = f"{found.mean:{sign}.{digits}f}"
+    return mean if found.half_width is None else f"{mean} ± {found.half_width:.{digits}f}"
 
 
 def mean_cells(results: dict[int, Result], variant: str, metrics: Iterable[str]) -> list[str]:
@@ -142,100 +128,73 @@ def mean_cells(results: dict[int, Result], variant: str, metrics: Iterable[str])
 
 
 def table_of_claims(results: dict[int, Result], lines: list[Line]) -> str:
-    """A row per variant: means over the seeds and paired differences, both with intervals."""
-    differences = [f"{metric}, difference" for metric in COMPARED]
-    rows, above = [], ""
+    """A line per variant: means over the seeds and paired differences, both with intervals."""
+    table, above = [], ""
     for line in lines:
         seeds = len(by_seed(results, line.variant, "f1"))
-        row = [line.claim if line.claim != above else "", line.variant, str(seeds)]
-        row += mean_cells(results, line.variant, SHOWN)
-        row.append(line.against if line.variant != line.against else "-")
-        row += [cell(difference(results, line, metric), metric, "+") for metric in COMPARED]
-        rows.append(row)
+        cells = [line.claim if line.claim != above else "", line.variant, str(seeds)]
+        cells += mean_cells(results, line.variant, SHOWN)
+        cells.append(line.against if line.variant != line.against else "-")
+        cells += [cell(difference(results, line, metric), metric, "+") for metric in COMPARED]
+        table.append(cells)
         above = line.claim
-    return markdown(["claim", "variant", "seeds", *SHOWN, "against", *differences], rows)
+    differences = [f"{metric}, difference" for metric in COMPARED]
+    return markdown(["claim", "variant", "seeds", *SHOWN, "against", *differences], table)
 
 
 def table_of_parts(results: dict[int, Result], lines: list[Line]) -> str:
-    """A row per variant: PARTS, and in brackets how they differ from those of the variant that it is
-    compared with."""
-    rows = []
+    """A line per variant: PARTS, and in brackets how they differ from those of the variant that it
+    is compared with."""
+    table = []
     for line in lines:
-        row = mean_cells(results, line.variant, PARTS)
+        cells = mean_cells(results, line.variant, PARTS)
         if line.variant != line.against:
             apart = [cell(difference(results, line, metric), metric, "+") for metric in PARTS]
-            row = [f"{mean} ({found})" for mean, found in zip(row, apart)]
-        rows.append([line.variant, *row])
-    return markdown(["variant", *PARTS], rows)
+            cells = [f"{mean} ({found})" for mean, found in zip(cells, apart)]
+        table.append([line.variant, *cells])
+    return markdown(["variant", *PARTS], table)
 
 
 def table_of_seeds(results: dict[int, Result], lines: list[Line]) -> str:
-    """A row per variant and seed."""
-    metrics = [*SHOWN, *PARTS]
-    rows = [
-        [line.variant, str(seed), *mean_cells({seed: result}, line.variant, metrics)]
-        for line in lines
-        for seed, result in results.items()
-        if line.variant in result.scores
-    ]
-    return markdown(["variant", "seed", *metrics], rows)
+    """A line per variant and seed."""
+    table = []
+    for variant in (line.variant for line in lines):
+        for seed, result in results.items():
+            if variant in result.scores:
+                cells = mean_cells({seed: result}, variant, [*SHOWN, *PARTS])
+                table.append([variant, str(seed), *cells])
+    return markdown(["variant", "seed", *SHOWN, *PARTS], table)
 
 
-def table_of_courses(results: dict[int, Result]) -> str:
-    """A row per RL variant: means over the seeds for each quarter of the run."""
-    rows = []
-    for variant in dict.fromkeys(name for result in results.values() for name in result.courses):
-        found = [
-            result.courses[variant] for result in results.values() if variant in result.courses
-        ]
-        row = [variant]
-        for metric in COURSE:
-            means = [statistics.mean(values) for values in zip(*(one[metric] for one in found))]
-            row.append(", ".join(cell(Interval(mean, None), metric) for mean in means))
-        rows.append(row)
-    return markdown(["variant", *(f"{metric}, by quarter of the run" for metric in COURSE)], rows)
-
-
-def control_note(results: dict[int, Result]) -> str:
-    """Whether the control had as many seconds as what it is a control of."""
-    control, rl = (
-        statistics.mean(by_seed(results, name, "seconds").values()) for name in ("control", "grpo")
-    )
-    note = f"The control had {control:.0f} s of further SFT; mining and GRPO took {rl:.0f} s."
-    return note if control >= rl else note + " That is too few: raise CONTROL in ablations.py."
+def table_of_courses(results: dict[int, Result], lines: list[Line]) -> str:
+    """A line per RL variant: means over the seeds for each quarter of the run."""
+    table = []
+    for variant in (line.variant for line in lines):
+        found = [one.courses[variant] for one in results.values() if variant in one.courses]
+        if found:
+            cells = [variant]
+            for metric in COURSE:
+                quarters = zip(*(course[metric] for course in found))
+                means = [Interval(statistics.mean(values), None) for values in quarters]
+                cells.append(", ".join(cell(mean, metric) for mean in means))
+            table.append(cells)
+    return markdown(["variant", *(f"{metric}, by quarter of the run" for metric in COURSE)], table)
 
 
 def saving_note(results: dict[int, Result]) -> str:
     """How many tokens Eco saves, in %: per seed first, as all differences."""
     eco, grpo = (by_seed(results, name, "mean_tokens") for name in ("eco", "grpo"))
     saved = interval([100 * (1 - eco[seed] / grpo[seed]) for seed in eco if seed in grpo])
-    return f"Eco needs {saved.text()} % fewer tokens than grpo."
+    return f"Eco needs {cell(saved, 'mean_tokens')} % fewer tokens than grpo."
 
 
 def report(results: dict[int, Result], lines: list[Line]) -> str:
     """All tables as Markdown."""
     parts = [table_of_claims(results, lines)]
-    if by_seed(results, "control", "f1") and by_seed(results, "grpo", "f1"):
-        parts.append(control_note(results))
-    if by_seed(results, "eco", "f1").keys() & by_seed(results, "grpo", "f1").keys():
+    eco, grpo = (by_seed(results, name, "f1") for name in ("eco", "grpo"))
+    if eco.keys() & grpo.keys():
         parts.append(saving_note(results))
-    parts += [table_of_parts(results, lines), table_of_courses(results)]
+    parts += [table_of_parts(results, lines), table_of_courses(results, lines)]
     if len(results) > 1:
         parts.append(table_of_seeds(results, lines))
     return "\n\n".join(parts) + "\n"
-
-
-def summary(results: dict[int, Result]) -> dict:
-    """{variant: {metric: mean}}, "seconds": {stage: mean}, and "seeds": what these are means of."""
-
-    def means(pick: Callable[[Result], dict]) -> dict[str, float]:
-        found = [pick(result) for result in results.values()]
-        names = dict.fromkeys(name for one in found for name in one)
-        return {name: statistics.mean(one[name] for one in found if name in one) for name in names}
-
-    variants = dict.fromkeys(name for result in results.values() for name in result.scores)
-    return {
-        **{name: means(lambda result: result.scores.get(name, {})) for name in variants},
-        "seconds": means(lambda result: result.seconds),
-        "seeds": {seed: result._asdict() for seed, result in results.items()},
-    }

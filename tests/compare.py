@@ -3,8 +3,10 @@
 In:  predictions.jsonl of evaluate.py, one or several, and with --against those of another model.
 Out: Markdown tables and, with --out, DIR/compare.json.
 
-- --against: differences of F1, row by row of the table, on the exchanges that both have. They are
-  paired: both F1s of a difference are of the same resamples.
+Every F1 has a 95 % interval, by bootstrap: the rows of each benchmark are drawn again, as many as
+there are, 4,000 times, and the F1 of each draw is computed.
+- --against: differences of F1, line by line of the table, on the exchanges that both have. They are
+  paired: both F1s of a difference are of the same draws.
 - --release-counting: F1 as the released scripts of the paper and of its predecessor count.
 - --published: the paper's F1 of the benchmarks that are named as there (published.json).
 
@@ -15,6 +17,7 @@ Out: Markdown tables and, with --out, DIR/compare.json.
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,37 +26,25 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (  # noqa: E402  (the repository is importable only from here on)
-    InputError,
-    check_output,
-    check_unique,
-    cli,
-    option,
-    read_json,
-    regular_files,
-    write_atomic,
-)
+import data  # noqa: E402  (the repository is importable only from here on)
+from data import InputError, option, say  # noqa: E402
 from evaluate import (  # noqa: E402
-    AVERAGE,
+    COLUMNS,
     TASKS,
     compute_metrics,
-    confusion_cell,
     markdown,
     modality,
     read_predictions,
-    resampled_counts,
-    results_table,
     score_table,
-    weighted_mean,
-    with_interval,
 )
 from reward import HARMFUL, UNHARMFUL, label  # noqa: E402
 
 PUBLISHED = Path(__file__).resolve().with_name("published.json")
+RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
-class Config:
+class CompareFlags:
     predictions: list[str] = option(
         help="files of evaluate.py; the name of this flag may be left out"
     )
@@ -63,16 +54,23 @@ class Config:
     out: str | None = option(None, "folder for compare.json (default: none)")
 
 
-# -------------------------------------------------- ways to count
+# ---- ways to count
 
 
-# The confusion cells that a prediction with a label for a field adds to.
+# The confusion cells (tp, fn, fp, tn) that a prediction with a label for a field adds to.
 Counting = Callable[[dict, str], tuple[str, ...]]
+
+
+def confusion_cell(truth: str, verdict: str | None) -> str:
+    """Positive class harmful. An unreadable verdict (None) is the wrong one."""
+    if truth == HARMFUL:
+        return "tp" if verdict == HARMFUL else "fn"
+    return "tn" if verdict == UNHARMFUL else "fp"
 
 
 def our_cells(p: dict, field: str) -> tuple[str, ...]:
     """As evaluate.py counts: a row once."""
-    return (confusion_cell(p[f"{field}_label"], p.get(f"{field}_pred")),)
+    return (confusion_cell(p[f"{field}_label"], p[f"{field}_pred"]),)
 
 
 def first_label(text: str, field: str, words: str) -> str | None:
@@ -86,9 +84,9 @@ def released_cells(p: dict, field: str) -> tuple[str, ...]:
     But where the response to text and image has no label, the verdict on it is unharmful, and that
     on the request becomes the opposite of the response's true label."""
     words = "harmful|unharmful"
-    if field == "response" or p.get("image"):
+    if field == "response" or p["image"]:
         words += "|none"
-    if p.get("image"):
+    if p["image"]:
         words += "|harmless"
     verdict = first_label(p["output"], field, words)
     if modality(p) == "text_image" and p["response_label"] is not None:
@@ -113,129 +111,166 @@ RELEASED = {"f1_released": released_cells, "f1_predecessor": predecessor_cells}
 AGAINST = {"f1_against": lambda p, field: our_cells(p["against"], field)}  # as `paired` makes them
 
 
-def score_by(predictions: list[dict], countings: dict[str, Counting]) -> list[dict]:
-    """The rows of evaluate.py's score_table with an F1 for every counting, all of the same resamples;
-    with AGAINST also the paired f1_difference, whose average is over the benchmarks that have both
-    F1s."""
-    table, rng = score_table(predictions), np.random.default_rng(0)
-    names = [*countings, "f1_difference"] if "f1_against" in countings else list(countings)
-    benchmarks, all_f1s = [], []
-    for row in table:
-        task, name = row["task"], row["modality"]
-        if row["benchmark"] == AVERAGE:
-            parts = [(b["task"] == task and name in (b["modality"], "all")) for b in benchmarks]
-            sizes = [b["n"] * is_part for b, is_part in zip(benchmarks, parts)]
-            f1s = weighted_mean(all_f1s, sizes)
-        else:
-            field, kind = dict(TASKS)[task], (row["benchmark"], name)
-            group = [p for p in predictions if (p["source"], modality(p)) == kind]
-            group = [p for p in group if p[f"{field}_label"] is not None]
-            f1s = resampled_f1s(group, field, countings, rng)
-            benchmarks.append(row)
-            all_f1s.append(f1s)
-        for column, f1 in zip(names, f1s):
-            row |= with_interval(column, f1)
-    return table
+# ---- the bootstrap
 
 
 def resampled_f1s(
     group: list[dict], field: str, countings: dict[str, Counting], rng: np.random.Generator
 ) -> np.ndarray:
-    """F1s of one benchmark in percent, [countings, 1 + RESAMPLES]; with AGAINST also how much more
-    the first is than the second."""
-    rows = [tuple(count(p, field) for count in countings.values()) for p in group]
-    kinds, numbers = resampled_counts(rows, rng)
+    """F1s of one benchmark in percent, [countings, 1 + RESAMPLES]: of its rows as they are, then of
+    each draw; NaN where nothing is harmful and nothing called so.
+
+    Rows that are counted alike are of one kind, and how many rows of each kind a draw holds is
+    multinomial: so only these numbers are drawn, not the rows.
+    """
+    kinds = Counter(tuple(count(p, field) for count in countings.values()) for p in group)
+    sizes = np.array(list(kinds.values()))
+    draws = rng.multinomial(len(group), sizes / len(group), RESAMPLES)
+    numbers = np.vstack([sizes, draws])  # [1 + RESAMPLES, kinds]
     f1s = []
-    for cells in zip(*kinds):  # of every kind, in one way to count
-        tp, fp, fn = (numbers @ [of.count(c) for of in cells] for c in ("tp", "fp", "fn"))
+    for cells_of_kinds in zip(*kinds):  # in one way to count
+        tp, fp, fn = (
+            numbers @ [cells.count(name) for cells in cells_of_kinds] for name in ("tp", "fp", "fn")
+        )
         with np.errstate(invalid="ignore"):  # 0 / 0
             f1s.append(100 * 2 * tp / (2 * tp + fp + fn))
-    if "f1_against" in countings:
-        f1s.append(f1s[0] - f1s[1])
     return np.array(f1s)
 
 
-# -------------------------------------------------- other predictions, and published numbers
+def weighted_mean(f1s: list[np.ndarray], weights: list[int]) -> np.ndarray:
+    """The mean over benchmarks of F1s [..., 1 + RESAMPLES]; where some are NaN, of the others."""
+    known = np.ma.masked_invalid(f1s)
+    return np.ma.average(known, axis=0, weights=weights).filled(np.nan)
 
 
-def paired(predictions: list[dict], others: list[dict]) -> list[dict]:
-    """The predictions whose row is among the others, too, each with that one as `against`. Rows
-    are matched by source, id and the name of the data file. InputError if none is in both, one is
-    there twice, or labels differ."""
+def with_interval(name: str, f1: np.ndarray) -> dict:
+    """Columns for an F1 [1 + RESAMPLES]: its value, and name_interval, the 2.5 and 97.5 % quantiles
+    of the draws; None if undefined."""
+    if np.isnan(f1[0]):
+        return {name: None, f"{name}_interval": None}
+    quantiles = np.nanpercentile(f1[1:], (2.5, 97.5))
+    return {name: float(f1[0]), f"{name}_interval": quantiles.tolist()}
 
-    def key(p: dict) -> str:
-        return f"{p['source']}, {p['id']}, {Path(str(p.get('file', ''))).name}"
 
-    for one in (predictions, others):
-        check_unique([key(p) for p in one], "row (source, id, file)")
-    of_other = {key(p): p for p in others}
-    shared = [p | {"against": of_other[key(p)]} for p in predictions if key(p) in of_other]
+def score_by(predictions: list[dict], countings: dict[str, Counting]) -> list[dict]:
+    """The lines of evaluate.py's score_table with an F1 for every counting, all of the same draws;
+    with AGAINST also the paired f1_difference, whose average is over the benchmarks that have both
+    F1s."""
+    table, rng = score_table(predictions), np.random.default_rng(0)
+    names = [*countings, "f1_difference"] if "f1_against" in countings else list(countings)
+    benchmarks, all_f1s = [], []
+    for line in table:
+        task, kind = line["task"], line["modality"]
+        if line["is_average"]:
+            parts = [
+                part["task"] == task and kind in (part["modality"], "all") for part in benchmarks
+            ]
+            weights = [part["n"] * is_part for part, is_part in zip(benchmarks, parts)]
+            f1s = weighted_mean(all_f1s, weights)
+        else:
+            field, name = dict(TASKS)[task], (line["benchmark"], kind)
+            group = [p for p in predictions if (p["source"], modality(p)) == name]
+            group = [p for p in group if p[f"{field}_label"] is not None]
+            f1s = resampled_f1s(group, field, countings, rng)
+            if "f1_against" in countings:
+                f1s = np.vstack([f1s, f1s[0] - f1s[1]])
+            benchmarks.append(line)
+            all_f1s.append(f1s)
+        for column, f1 in zip(names, f1s):
+            line |= with_interval(column, f1)
+    return table
+
+
+def table_of(lines: list[dict], columns: list[str]) -> str:
+    """Lines of `score_by` as Markdown."""
+    shown = [dict(line) for line in lines]
+    for line in shown:
+        for name, value in line.items():
+            if isinstance(value, list):
+                line[name] = f"{value[0]:.2f} to {value[1]:.2f}"
+    return markdown(shown, columns)
+
+
+# ---- other predictions, and published numbers
+
+
+def paired(predictions: dict[tuple, dict], others: dict[tuple, dict]) -> list[dict]:
+    """The predictions whose exchange is among the others, too, each with that one as `against`.
+    Both are as of `read_predictions`. InputError if none is in both, or if labels differ."""
+    shared = [p | {"against": others[key]} for key, p in predictions.items() if key in others]
     if not shared:
-        raise InputError("--against holds none of the rows (by source, id and name of the file)")
+        raise InputError("--against holds none of these exchanges (source, id, texts, image)")
     for p in shared:
         for name in ("request_label", "response_label"):
             if p[name] != p["against"][name]:
-                raise InputError(f"{key(p)}: another {name} in --against, {p['against'][name]}")
+                there = p["against"][name]
+                raise InputError(f"{p['source']}, {p['id']}: its {name} is {there} in --against")
     return shared
 
 
-def published_report(rows: list[dict]) -> str:
-    """Those of our rows that the paper has, with their size and F1s there; its averages only beside
+def published_lines(lines: list[dict]) -> list[dict]:
+    """Those of our lines that the paper has, with their size and F1s there; its averages only beside
     averages over all of its benchmarks."""
-    published, found = read_json(PUBLISHED), []
-
-    def of_ours(entry: dict) -> list[dict]:
-        same = [row for row in rows if row["benchmark"] in entry["names"]]
-        return [row for row in same if all(row[n] == entry[n] for n in ("task", "modality"))]
-
-    absent = [entry for entry in published["rows"] if not of_ours(entry)]
-    in_paper = [row for entry in published["rows"] for row in of_ours(entry)]
-    added = [row for row in rows if row["benchmark"] != AVERAGE and row not in in_paper]
-    partial = [(x["task"], name) for x in absent + added for name in (x["modality"], "all")]
+    published, found, in_paper = data.read_json(PUBLISHED), [], []
+    partial = set()  # (task, modality) of averages that are not over the paper's benchmarks
     for entry in published["rows"]:
-        if AVERAGE not in entry["names"] or (entry["task"], entry["modality"]) not in partial:
-            figures = {"published_n": entry["n"], **dict(zip(published["models"], entry["f1"]))}
-            found += [row | figures for row in of_ours(entry)]
-    if not found:
-        return f"no benchmark is named as in {PUBLISHED.name}"
-    columns = ["task", "benchmark", "modality", "n", "published_n", "f1", "f1_interval"]
-    counted = [name for name in RELEASED if name in rows[0]]
-    return markdown(found, [*columns, *counted, *published["models"]])
+        is_average = entry["names"] == ["average"]
+        ours = [x for x in lines if x["is_average"] == is_average]
+        ours = [x for x in ours if all(x[name] == entry[name] for name in ("task", "modality"))]
+        ours = [x for x in ours if x["benchmark"] in entry["names"]]
+        if not ours:
+            partial |= {(entry["task"], entry["modality"]), (entry["task"], "all")}
+        figures = {"published_n": entry["n"], **dict(zip(published["models"], entry["f1"]))}
+        found += [line | figures for line in ours]
+        in_paper += ours
+    for line in lines:
+        if not line["is_average"] and line not in in_paper:
+            partial |= {(line["task"], line["modality"]), (line["task"], "all")}
+    return [x for x in found if not (x["is_average"] and (x["task"], x["modality"]) in partial)]
 
 
-def main(cfg: Config) -> None:
+def main(flags: CompareFlags) -> None:
     """Print the tables that the flags ask for; write what is in them to --out, if there is one."""
-    regular_files(cfg.against + ([str(PUBLISHED)] if cfg.published else []))
-    if cfg.out is not None:
-        check_output(cfg.out, [], folder=True)
-        check_output(f"{cfg.out}/compare.json", [*cfg.predictions, *cfg.against])
-    predictions = read_predictions(cfg.predictions)
-    if cfg.release_counting and not all("output" in p for p in predictions):
-        raise InputError("--release-counting reads outputs, which some of the predictions lack")
+    if flags.out is not None:
+        file = Path(flags.out, "compare.json")
+        data.check_output(file, [*flags.predictions, *flags.against])
+        if file.exists() and "compared" not in data.read_json(file):
+            raise InputError(f"{file} is there, and not of compare.py; choose another --out")
+    ours = read_predictions(flags.predictions)
+    predictions = list(ours.values())
 
-    # 1. The table of evaluate.py, and what --release-counting adds to it.
-    released = RELEASED if cfg.release_counting else {}
-    rows, metrics = score_by(predictions, OURS | released), compute_metrics(predictions)
-    results = {"predictions": cfg.predictions, "metrics": metrics, "rows": rows}
-    tables = [results_table(rows, metrics, released)]
+    # 1. The table of evaluate.py, with intervals, and what --release-counting adds to it.
+    released = RELEASED if flags.release_counting else {}
+    lines, metrics = score_by(predictions, OURS | released), compute_metrics(predictions)
+    results = {"compared": flags.predictions, "metrics": metrics, "lines": lines}
+    place = COLUMNS.index("f1") + 1
+    columns = [*COLUMNS[:place], "f1_interval", *released, *COLUMNS[place:]]
+    tables = [table_of(lines, columns)]
     # 2. Differences to other predictions.
-    if cfg.against:
-        others = read_predictions(cfg.against)
-        shared = paired(predictions, others)
+    if flags.against:
+        others = read_predictions(flags.against)
+        shared = paired(ours, others)
         results["against"] = score_by(shared, OURS | AGAINST)
         columns = ["task", "benchmark", "modality", "n", "f1", "f1_against", "f1_difference"]
-        tables.append(markdown(results["against"], [*columns, "f1_difference_interval"]))
-        ours, theirs = len(predictions) - len(shared), len(others) - len(shared)
-        tables.append(f"{len(shared)} rows in both, {ours} only here, {theirs} only in --against")
+        tables.append(table_of(results["against"], [*columns, "f1_difference_interval"]))
+        only_here, only_there = len(ours) - len(shared), len(others) - len(shared)
+        counts = f"{only_here} only here, {only_there} only in --against"
+        tables.append(f"{len(shared)} exchanges in both, {counts}")
     # 3. The paper's figures.
-    if cfg.published:
-        tables.append(published_report(rows))
-    if cfg.out is not None:
-        write_atomic(Path(cfg.out, "compare.json"), json.dumps(results, indent=1) + "\n")
-    print("\n\n".join(tables))
+    if flags.published:
+        columns = ["task", "benchmark", "modality", "n", "published_n", "f1", "f1_interval"]
+        columns += [*released, *data.read_json(PUBLISHED)["models"]]
+        found = published_lines(lines)
+        text = (
+            table_of(found, columns) if found else f"no benchmark is named as in {PUBLISHED.name}"
+        )
+        tables.append(text)
+    if flags.out is not None:
+        data.write_atomic(file, json.dumps(results, indent=1) + "\n")
+    say("\n\n".join(tables))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--predictions")
-    cli(Config, main)
+    data.cli(CompareFlags, main)

@@ -1,31 +1,32 @@
-"""The peak memory of every stage, known before a card is rented: from tensors without contents, at the real sizes.
+"""The peak memory of every stage, known before a card is rented: from tensors without contents, at
+the real sizes.
 
 In:  the default flags of the stages and the sizes of the 3B and the 7B model; no weights, no card.
-Out: a table of GiB on each card, for one card and several, what fits, and the flag to turn where something does not.
+Out: a table of GiB on each card, for one card and several, and what fits.
 
-A stage's own functions (sft.backward, sft.optimizer_step, sft.sft_loss, grpo.policy_loss, model.generate) run on fake tensors, which have a shape
-and no contents, while a Ledger counts the bytes that are alive. That gives weights, gradients, moments, activations
-of a packed row and the head, as the code stands. Arithmetic adds what such a run cannot show:
-- several ranks (FSDP2): 16 bytes for every trained parameter / ranks, and what is whole for a time: the root group,
-  three blocks as gathered, two blocks' gradients on their way to being reduced (see `sharded_update`);
-- sampling: the caches, at their worst case or as far as the sampler's share of the free memory allows.
+Forward and backward passes and `generate` run as the code stands, in bfloat16, with weights that have
+a shape and no contents (FakeTensorMode), while a Ledger counts the bytes that are alive: activations
+of a packed row, the head in float32 with its chunks of 1,024 tokens, gradients, prefills and decode
+steps. Arithmetic adds what such a run cannot show:
+- weights, gradients and AdamW's moments: 16 bytes for a parameter that trains, 4 for a frozen one;
+- several ranks (FSDP2): these bytes / ranks, and what is whole for a time (see `update`);
+- sampling: the caches, at their worst case or as far as the sampler's share of free memory allows.
 
-What is assumed: every prompt has a picture of the largest size and 1,200 tokens, an answer has 300; rows are as full
-as --pack-tokens allows. Attention on a card takes another kernel than here; none of them keeps the scores.
+What is assumed: every prompt has a picture of the largest size and 1,200 tokens, an answer has 300;
+rows are as full as --pack-tokens allows. Not in it: what the kernels of a card take for themselves,
+and that CUDA's autocast computes norms in float32.
 
-    python tests/memory.py [--only 3B grpo] [--json FILE]
+    python tests/memory.py      # some two minutes
 """
 
-import argparse
 import gc
-import json
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -33,318 +34,89 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import augment  # noqa: E402  (the repository is importable only from here on)
-import evaluate  # noqa: E402
-import grpo  # noqa: E402
-import model as qwen  # noqa: E402
-import sft  # noqa: E402
-from data import Row, Segment  # noqa: E402
+import model as qwen
+import sft
+from augment import AugmentFlags
+from evaluate import EvaluateFlags
+from grpo import GRPOFlags
+from model import Config, QwenVL, Row, Segment, VisionConfig
+from sft import SFTFlags
 
+# The published configurations.
+MROPE, IMAGE = (16, 24, 24), 151655
+MODELS = {
+    "3B": Config(151936, 2048, 11008, 36, 16, 2, MROPE, True, IMAGE, VisionConfig(1280, 2048)),
+    "7B": Config(152064, 3584, 18944, 28, 28, 4, MROPE, False, IMAGE, VisionConfig(1280, 3584)),
+}
 GIB = 2**30
 CARDS = {"80 GB": 79.1, "24 GB": 22.0}  # GiB that such cards report, the smallest of their kinds
 CONTEXT = 1.0  # GiB of a card that CUDA and NCCL take
-RESERVE = {
-    "training": 4.0,
-    "sampling": 2.0,
-}  # GiB of a card that stay free: the context, and the allocator's gaps
-ALONE = qwen.Ranks(0, 1, torch.device("cpu"))
-PREFILL = qwen.PREFILL_TOKENS
+RESERVE = {True: 4.0, False: 2.0}  # GiB that stay free, training or not: CONTEXT, allocator's gaps
+COMPUTE = torch.bfloat16
 BANNED = (0, 1, 2)  # ids that are never sampled; how many there are hardly matters
-aten = torch.ops.aten
 
 
-def published(
-    layers: int, hidden: int, inner: int, heads: int, kv_heads: int, words: int, tied: bool
-) -> qwen.Config:
-    """The configuration of a published checkpoint."""
-    return qwen.Config.from_json({
-        "model_type": "qwen2_5_vl", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": words,
-        "tie_word_embeddings": tied, "image_token_id": 151655, "video_token_id": 151656, "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vision_config": {"hidden_size": 1280, "out_hidden_size": hidden},
-    })  # fmt: skip
-
-
-MODELS = {
-    "3B": published(36, 2048, 11008, 16, 2, 151936, True),
-    "7B": published(28, 3584, 18944, 28, 4, 152064, False),
-}
-
-
-def remembered(function: Callable) -> Callable:
-    """The function, called once for arguments of the same repr: a fake run takes seconds, and cells share them."""
-    results = {}
-
-    @wraps(function)
-    def call(*args):
-        key = repr(args)
-        if key not in results:
-            results[key] = function(*args)
-        return results[key]
-
-    return call
-
-
-# ------------------------------------------------------------------------------------------------ counting bytes
+# ------------------------------------------------------------------------------ counting bytes
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that tensors made under it keep alive: `now`, and `peak` since reset().
-
-    Floating-point tensors become fake: they have no contents and take no memory. Integers and booleans stay real,
-    and small, so that all that shapes depend on (which tokens are supervised, where an image lies) is known.
-    Integers that depend on what is fake (sampled tokens) are zero; a fake number that is asked for is one.
-    """
+    """Counts the bytes of all tensors made under it that are alive: `now`, and `peak` since reset."""
 
     def __init__(self):
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.alive, self.now, self.peak = set(), 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if function is aten._local_scalar_dense.default and isinstance(inputs[0], FakeTensor):
-            return 1.0
-        if function in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            args = (
-                args[0],
-                [index if index is None else places(index) for index in args[1]],
-                *args[2:],
-            )
-        if not any(isinstance(x, FakeTensor) or is_faked(x) for x in inputs):
-            result = self.run(function, args, kwargs, known=bool(inputs))
-        else:
-            result = self.run_fake(function, args, kwargs)
+        result = function(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self.count(x)
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.alive:
+                storage = x.untyped_storage()
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
         return result
 
-    def run(self, function, args, kwargs, known: bool):
-        """An operation on integers, or one that makes a tensor of nothing (known=False)."""
-        if not known and any(
-            is_faked(x) for x in tree_leaves(self.run_fake(function, args, kwargs))
-        ):
-            return self.run_fake(function, args, kwargs)
-        result = function(*args, **kwargs)
-        return tree_map_only(
-            Tensor, lambda x: self.fake.from_tensor(x) if is_faked(x) else x, result
-        )
-
-    def run_fake(self, function, args, kwargs):
-        """An operation of which an input is fake: the shapes of its results."""
-        with self.fake:
-            result = function(*args, **kwargs)
-        return tree_map_only(
-            FakeTensor, lambda x: x if is_faked(x) else torch.zeros(x.shape, dtype=x.dtype), result
-        )
-
-    def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive:
-            return
-
-        def freed(_) -> None:
-            del self.alive[key]
-            self.now -= size
-
-        self.alive[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def free(self, key: int, size: int) -> None:
+        self.alive.remove(key)
+        self.now -= size
 
     def reset(self) -> int:
         """Forget the peak so far; returns what is alive."""
+        gc.collect()
         self.peak = self.now
         return self.now
 
 
-def is_faked(x) -> bool:
-    """Whether a tensor is of a kind that has no contents here; float64 is for sums over ranks, which are real."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-
-
-def places(index: Tensor) -> Tensor:
-    """A boolean index as the numbers of its true elements, which a fake operation cannot count."""
-    return index.nonzero().squeeze(1) if index.dtype == torch.bool and index.dim() == 1 else index
-
-
 @contextmanager
-def without_contents() -> Iterator[Ledger]:
-    """A block in which tensors have no contents, and the Ledger that counts them."""
-    caches = [value for value in vars(qwen).values() if hasattr(value, "cache_clear")]
-    ledger = Ledger()
-    with mock.patch.object(qwen, "HAS_ONEDNN", False, create=True):  # as on a card
-        for function in caches:
-            function.cache_clear()
-        try:
-            with ledger:
-                yield ledger
-        finally:  # no fake tensor may come back to one who computes
-            for function in caches:
-                function.cache_clear()
+def card() -> Iterator[Ledger]:
+    """A block in which fake tensors pass for those of a card, and the Ledger that counts. A number
+    that the host asks for is zero. Tensors of the host stay real: shapes depend on them."""
+    zeros = lambda x: torch.zeros(x.shape).tolist()
+    with mock.patch.multiple(FakeTensor, is_cuda=True, tolist=zeros, create=True):
+        with Ledger() as ledger:
+            yield ledger
 
 
-# ------------------------------------------------------------------------------------------------ what is worked on
+def build(config: Config, dtype: torch.dtype) -> QwenVL:
+    """The model with weights that have no contents."""
+    with torch.device("meta"):
+        model = QwenVL(config).to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return model.to_empty(device="cpu")
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What the samples are like."""
-
-    prompt: int = 1200  # tokens, those of the picture included
-    answer: int = 300  # tokens of an SFT target or of a completion of GRPO
-    side: int = 756  # pixels: the largest square picture within the SFT default of --max-pixels; 0: no picture
-
-    def prompt_row(self, config: qwen.Config, tokens: int | None = None) -> Row:
-        """A prompt (of so many tokens), nothing of it supervised."""
-        tokens, patches = tokens or self.prompt, self.side // config.vision.patch_size
-        image_tokens = (patches // config.vision.spatial_merge_size) ** 2
-        if image_tokens + 2 > tokens:
-            raise ValueError(f"a prompt of {tokens} tokens cannot hold a picture of {image_tokens}")
-        ids = torch.full((tokens,), 5)
-        ids[1 : 1 + image_tokens] = config.image_token_id
-        positions = torch.arange(tokens).expand(3, -1)
-        inputs = 3 * config.vision.temporal_patch_size * config.vision.patch_size**2
-        grids = ((1, patches, patches),) if patches else ()
-        nothing = torch.zeros(tokens, dtype=torch.bool)
-        return Row(
-            ids, positions, (Segment(0, tokens),), nothing, torch.zeros(patches**2, inputs), grids
-        )
-
-    def sft_row(self, config: qwen.Config, cfg) -> Row:
-        """A row of samples, as full as --pack-tokens allows."""
-        samples = max(1, cfg.pack_tokens // min(self.prompt + self.answer, cfg.max_tokens))
-        length = cfg.pack_tokens // samples
-        row = self.prompt_row(config, length)
-        row = replace(row, supervised=torch.arange(length) >= length - self.answer)
-        return row.join(*[row] * (samples - 1))
-
-    def grpo_row(self, config: qwen.Config, cfg) -> Row:
-        """A row of prompts, each with its G completions, as full as --pack-tokens allows."""
-        prompts = max(1, round(cfg.pack_tokens / (self.prompt + cfg.group * self.answer)))
-        length = (cfg.pack_tokens // prompts - self.prompt) // cfg.group
-        row = self.prompt_row(config).extend([[5] * length] * cfg.group)
-        return row.join(*[row] * (prompts - 1))
-
-
-# ------------------------------------------------------------------------------------------------ training
-
-
-def sft_loss(model: qwen.QwenVL, row: Row, cfg, compute: torch.dtype) -> Tensor:
-    return sft.sft_loss(model, row, compute)
-
-
-def grpo_loss(model: qwen.QwenVL, row: Row, cfg, compute: torch.dtype) -> Tensor:
-    with sft.compute_in(compute, model):
-        logprobs, _ = model(row, cfg.temperature, BANNED)
-    return grpo.policy_loss(logprobs, logprobs.detach(), torch.ones_like(logprobs), cfg.clip)[0]
-
-
-# The row and the loss of each stage that trains.
-TRAINING = {"sft": (Traffic.sft_row, sft_loss), "grpo": (Traffic.grpo_row, grpo_loss)}
-
-
-def build(
-    config: qwen.Config, cfg, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> qwen.QwenVL:
-    """The model as load_for_training leaves it: what is frozen, and whether activations are recomputed."""
-    model = weights(config, dtype, device)
-    sft.freeze(model, cfg.freeze)
-    model.checkpointing = model.visual.checkpointing = cfg.checkpointing
+@cache
+def outline(config: Config, freeze: tuple[str, ...] = ()) -> QwenVL:
+    """The model as shapes only, with what is frozen."""
+    with torch.device("meta"):
+        model = QwenVL(config)
+    sft.freeze(model, freeze)
     return model
-
-
-def weights(config: qwen.Config, dtype: torch.dtype, device: str = "cpu") -> qwen.QwenVL:
-    """A model made in the dtype: fake weights cannot be converted."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return qwen.QwenVL(config)
-    finally:
-        torch.set_default_dtype(usual)
-
-
-@remembered
-def whole_update(
-    stage: str, config: qwen.Config, cfg, traffic: Traffic, compute: torch.dtype
-) -> dict[str, int]:
-    """Bytes of a step of one rank from its second row on, when all gradients and moments are there: resident (with
-    float32 weights), and work, which is the row's activations, the head, and what clipping and AdamW take."""
-    row_of, loss_of = TRAINING[stage]
-    with without_contents() as ledger:
-        model = build(config, cfg)
-        optimizer = sft.make_optimizer(model, 1e-6, cfg.weight_decay)
-        trained = optimizer.param_groups[0]["params"]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the moments
-        row = row_of(traffic, config, cfg)
-        gc.collect()
-        resident = ledger.reset()
-
-        sft.backward(loss_of(model, row, cfg, compute), ALONE)
-        sft.optimizer_step(optimizer, 1e-6, cfg.max_norm)
-        return {"resident": resident, "work": ledger.peak - resident}
-
-
-@remembered
-def sharded_row(
-    stage: str, config: qwen.Config, cfg, traffic: Traffic, compute: torch.dtype
-) -> int:
-    """Bytes that forward and backward of one row take beside the weights, in the compute type of sharded blocks:
-    activations, the head, the gradients of the root group and of one block at a time."""
-    row_of, loss_of = TRAINING[stage]
-    with without_contents() as ledger:
-        model = build(config, cfg, compute)
-        model.sharded = True
-        for block in blocks(model):
-            for parameter in block.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(drop_gradient)
-        row = row_of(traffic, config, cfg)
-        gc.collect()
-        before = ledger.reset()
-        loss_of(model, row, cfg, compute).backward()
-        return ledger.peak - before
-
-
-def drop_gradient(parameter: Tensor) -> None:
-    """What FSDP2 does with a block's gradient once it is reduced."""
-    parameter.grad = None
-
-
-def blocks(model: qwen.QwenVL) -> list:
-    """The modules that model.shard() shards each for itself; what is left is the root group."""
-    return [*model.visual.blocks, *model.model.layers]
-
-
-def sharded_update(
-    stage: str, config: qwen.Config, cfg, traffic: Traffic, compute: torch.dtype, world: int
-) -> dict[str, int]:
-    """Bytes of a step of one of `world` ranks under FSDP2.
-
-    Sharded: float32 weights, gradients and two moments. Whole, in the compute type: the root group from the forward
-    to the end of the step, and three blocks (the one at work, the next, which is gathered ahead, and the buffer that
-    it is gathered into). Reduced in float32: the gradients of two blocks while the backward pass runs and, when the
-    activations are gone, those of the root group.
-    """
-    model = build(config, cfg, device="meta")
-    resident = -(-optimizer_bytes(model) // world)
-    root = sizes(model) - sum(sizes(block) for block in blocks(model))
-    trained_root = sizes(model, True) - sum(sizes(block, True) for block in blocks(model))
-    gathered = compute.itemsize * (root + 3 * max(sizes(block) for block in blocks(model)))
-    backward = sharded_row(stage, config, cfg, traffic, compute)
-    backward += 2 * 4 * max(sizes(block, True) for block in blocks(model))
-    end = (compute.itemsize + 4) * trained_root
-    return {"resident": resident, "work": gathered + max(backward, end)}
 
 
 def sizes(module: torch.nn.Module, trained: bool = False) -> int:
@@ -352,259 +124,203 @@ def sizes(module: torch.nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def optimizer_bytes(model: qwen.QwenVL, gradients: bool = True) -> int:
-    """Bytes of float32 weights and, for what trains, two moments and gradients."""
-    return 4 * sizes(model) + (12 if gradients else 8) * sizes(model, True)
+# ------------------------------------------------------------------------------ what is worked on
 
 
-def update(
-    stage: str, config: qwen.Config, cfg, traffic: Traffic, world: int, compute=torch.bfloat16
-) -> dict:
-    """Bytes of an optimizer step on each of `world` ranks: resident (weights, gradients, moments) and work."""
+@dataclass(frozen=True)
+class Traffic:
+    """What the samples are like."""
+
+    prompt: int = 1200  # tokens, those of the picture included
+    answer: int = 300  # tokens of an SFT target, or of a completion
+    side: int = 756  # pixels of the square picture (SFT's default of --max-pixels); 0: none
+
+
+def prompt_row(config: Config, traffic: Traffic, tokens: int = 0) -> Row:
+    """A prompt (of so many tokens), nothing of it supervised."""
+    tokens, patches = tokens or traffic.prompt, traffic.side // config.vision.patch_size
+    ids = torch.full((tokens,), 5)
+    ids[1 : 1 + (patches // config.vision.spatial_merge_size) ** 2] = config.image_token_id
+    grids = ((1, patches, patches),) if patches else ()
+    nothing, pixels = torch.zeros(tokens, dtype=torch.bool), torch.zeros(patches**2, 1176)
+    positions = torch.arange(tokens).expand(3, -1)
+    return Row(ids, positions, (Segment(0, tokens),), nothing, pixels, grids)
+
+
+def packed_row(config: Config, traffic: Traffic, flags) -> Row:
+    """What the stage packs into one forward pass, as full as --pack-tokens allows: samples side by
+    side, or prompts, each with its G completions."""
+    group = getattr(flags, "group", 1)
+    parts = max(1, round(flags.pack_tokens / (traffic.prompt + group * traffic.answer)))
+    length = flags.pack_tokens // parts
+    if isinstance(flags, GRPOFlags):
+        answer = (length - traffic.prompt) // group
+        row = prompt_row(config, traffic).extend([[5] * answer] * group)
+    else:
+        row = prompt_row(config, traffic, length)
+        row = replace(row, supervised=torch.arange(length) >= length - traffic.answer)
+    return Row.join(*[row] * parts)
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def hashable(flags):
+    """The flags with tuples for lists, so that what is computed from them can be remembered."""
+    lists = {name: tuple(x) for name, x in vars(flags).items() if isinstance(x, list)}
+    return replace(flags, **lists)
+
+
+@cache
+def row_work(config: Config, traffic: Traffic, flags, sharded: bool) -> int:
+    """Bytes that forward and backward of a row take beside float32 weights, gradients and moments;
+    sharded: beside the weights in the compute type, whose gradients are gone with their block."""
+    with card() as ledger:
+        model = build(config, COMPUTE if sharded else torch.float32)
+        sft.freeze(model, flags.freeze)
+        model.checkpointing = model.visual.checkpointing = flags.checkpointing
+        model.compute, model.sharded = COMPUTE, sharded
+        for parameter in model.parameters():
+            if parameter.requires_grad and sharded:
+                drop = lambda parameter: setattr(parameter, "grad", None)  # FSDP2 has reduced it
+                parameter.register_post_accumulate_grad_hook(drop)
+            elif parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        row = packed_row(config, traffic, flags)
+        before = ledger.reset()
+        logprobs, _ = model(row, getattr(flags, "temperature", 1.0), BANNED)
+        (-logprobs.sum()).backward()
+        return ledger.peak - before
+
+
+def update(config: Config, traffic: Traffic, flags, world: int) -> tuple[int, int]:
+    """Bytes of an optimizer step on each of `world` ranks: resident (weights, gradients, moments),
+    and work.
+
+    FSDP2 has whole, in the compute type: the root group from the forward to the end of the step,
+    and three blocks (the one at work, the next, which is gathered ahead, and the buffer that it is
+    gathered into). Reduced in float32: the gradients of two blocks while the backward pass runs
+    and, when the activations are gone, those of the root group.
+    """
+    flags = hashable(flags)
+    model = outline(config, flags.freeze)
+    resident = -(-(4 * sizes(model) + 12 * sizes(model, trained=True)) // world)
+    work = row_work(config, traffic, flags, sharded=world > 1)
     if world > 1:
-        return sharded_update(stage, config, cfg, traffic, compute, world)
-    return whole_update(stage, config, cfg, traffic, compute)
+        blocks = [*model.visual.blocks, *model.model.layers]
+        root = sizes(model) - sum(map(sizes, blocks))
+        trained_blocks = [sizes(block, trained=True) for block in blocks]
+        trained_root = sizes(model, trained=True) - sum(trained_blocks)
+        backward = work + 2 * 4 * max(trained_blocks)
+        end = (COMPUTE.itemsize + 4) * trained_root
+        work = COMPUTE.itemsize * (root + 3 * max(map(sizes, blocks))) + max(backward, end)
+    return resident, work
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ------------------------------------------------------------------------------ sampling
 
 
-def cache_bytes(
-    config: qwen.Config, prompts: int, longest: int, branches: int, new: int, dtype: torch.dtype
-) -> int:
-    """Bytes of keys and values: prompts padded to the longest, and what the branches may write."""
-    token = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    )
-    return token * (prompts * longest + branches * new)
+def cache_bytes(config: Config, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens."""
+    of_a_layer = 2 * config.num_key_value_heads * config.head_dim * COMPUTE.itemsize
+    return tokens * of_a_layer * config.num_hidden_layers
 
 
-@remembered
+@cache
 def sampling_work(
-    config: qwen.Config,
-    traffic: Traffic,
-    prompts: int,
-    n: int,
-    temperature: float,
-    top_p: float,
-    dtype: torch.dtype,
+    config: Config, traffic: Traffic, prompts: int, n: int, temperature: float, top_p: float
 ) -> tuple[int, int]:
-    """Bytes that sampling takes beside weights and caches, with so many prompts: until the first tokens are drawn,
-    and in the step after that."""
-    with without_contents() as ledger:
-        model, row = weights(config, dtype), traffic.prompt_row(config)
+    """Bytes that sampling takes beside weights, the head in float32 and caches, with so many prompts:
+    until the first tokens are drawn, and in the step after that."""
+    with card() as ledger:
+        model, row = build(config, COMPUTE), prompt_row(config, traffic)
         before, peaks = ledger.reset(), []
 
         def watch(tokens) -> None:
             peaks.append(ledger.peak - before)
             ledger.reset()
 
-        how = {"banned": BANNED, "max_branches": prompts * n, "watch": watch}
-        for _ in qwen.generate(model, enumerate([row] * prompts), n, 2, temperature, top_p, **how):
+        how = dict(banned=BANNED, max_branches=prompts * n, watch=watch)
+        rows = enumerate([row] * prompts)
+        for _ in qwen.generate(model, rows, n, 2, temperature, top_p, **how):
             pass
-    first = cache_bytes(config, prompts, traffic.prompt, 0, 0, dtype)
-    return peaks[0] - first, peaks[1] - first - cache_bytes(config, 0, 0, prompts * n, 2, dtype)
+    known = 4 * model.head.numel() + cache_bytes(config, prompts * traffic.prompt)
+    return peaks[0] - known, peaks[1] - known - cache_bytes(config, prompts * n * 2)
 
 
-def rollout(
-    config: qwen.Config,
-    cfg,
-    traffic: Traffic,
-    n: int,
-    longest: int,
-    resident: int = 0,
-    dtype=torch.bfloat16,
-) -> dict[str, int]:
-    """Bytes while sampling n completions a prompt.
-
-    fixed: what was there before, and the weights to sample from; prefill, decode: beside the caches, while prompts
-    are encoded, and in a step; prompts: their caches; caches: those at the worst case, with all that the branches
-    may write; least: the caches of the least that has to run, one prompt of `longest` tokens with its branches.
-    """
-    fixed = resident + dtype.itemsize * sizes(weights(config, dtype, "meta"))
-    prompts = max(1, cfg.max_branches // n)
-    together, how = math.ceil(PREFILL / traffic.prompt), (n, cfg.temperature, cfg.top_p, dtype)
-    prefill, _ = sampling_work(config, traffic, min(prompts, together), *how)
-    _, decode = sampling_work(
-        config, Traffic(prompt=16, side=0), prompts, *how
-    )  # all branches of short prompts
+def rollout(config: Config, traffic: Traffic, flags, n: int) -> dict[str, int]:
+    """Bytes while sampling n completions a prompt: the weights, with the head once more in float32;
+    prefill and decode, beside the caches, while prompts are encoded and in a step; the caches of the
+    prompts, and with all that the branches may write; and the least of caches that has to be there:
+    of one prompt, the longest, with its branches."""
+    model, prompts = outline(config), max(1, flags.max_branches // n)
+    how = n, flags.temperature, flags.top_p
+    together = min(prompts, math.ceil(qwen.PREFILL_TOKENS / traffic.prompt))
+    short = Traffic(prompt=16, side=0)  # all branches, over prompts that hardly take a place
+    own = n * flags.max_new_tokens  # tokens of a prompt's completions
     return {
-        "fixed": fixed,
-        "prefill": prefill,
-        "decode": decode,
-        "prompts": cache_bytes(config, prompts, traffic.prompt, 0, 0, dtype),
-        "caches": cache_bytes(
-            config, prompts, traffic.prompt, prompts * n, cfg.max_new_tokens, dtype
-        ),
-        "least": cache_bytes(config, 1, longest, n, cfg.max_new_tokens, dtype),
+        "weights": COMPUTE.itemsize * sizes(model) + 4 * model.head.numel(),
+        "prefill": sampling_work(config, traffic, together, *how)[0],
+        "decode": sampling_work(config, short, prompts, *how)[1],
+        "prompts": cache_bytes(config, prompts * traffic.prompt),
+        "caches": cache_bytes(config, prompts * (traffic.prompt + own)),
+        "least": cache_bytes(config, getattr(flags, "max_prompt_tokens", 3072) + own),
     }
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
+# ------------------------------------------------------------------------------ the table
 
 TYPICAL = Traffic()
-STAGES = ("sft", "augment", "grpo rollout", "grpo update", "evaluate")
-PLACES = (("80 GB", 1), ("80 GB", 4), ("80 GB", 8), ("24 GB", 1))  # kind of card, how many
+STAGES = {"sft": SFTFlags, "augment": AugmentFlags, "grpo rollout": GRPOFlags}
+STAGES |= {"grpo update": GRPOFlags, "evaluate": EvaluateFlags}
+PLACES = (("80 GB", 1), ("80 GB", 2), ("80 GB", 4), ("80 GB", 8), ("24 GB", 1))
+# What the README recommends for several large cards.
+FASTER = dict(checkpointing=False, pack_tokens=8192), ", `--no-checkpointing --pack-tokens 8192`"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What a stage needs on a kind of card, in GiB, and what to do if that does not fit."""
-
-    model: str
-    stage: str
-    card: str
-    ranks: int
-    peak: float
-    wanted: float  # the same, with all caches at their worst case
-    parts: dict[str, float]
-    fits: bool
-    advice: str = ""
-
-
-def cell_name(model: str, stage: str, card: str, ranks: int) -> str:
-    """What --only looks into: "3B grpo update, 8 x 80 GB"."""
-    return f"{model} {stage}, {ranks} x {card}"
+def sampling(config: Config, flags, resident: float, card_size: float) -> tuple[float, float]:
+    """Peak in GiB, and the same with all caches at their worst case. Caches take what they can use
+    of model.CACHE_SHARE of the memory that is free before, but always hold one prompt. Work comes on
+    top: prompts are encoded while the caches of others are full, and when branches are dropped a
+    layer of the caches is there three times. resident: GiB that are there for training."""
+    n = getattr(flags, "group", getattr(flags, "samples", 1))
+    found = {name: size / GIB for name, size in rollout(config, TYPICAL, flags, n).items()}
+    fixed = resident + found["weights"]
+    share = qwen.CACHE_SHARE * (card_size - CONTEXT - fixed)
+    held = max(min(found["caches"], share), found["least"])
+    dropping = 2 * held / config.num_hidden_layers
+    work = max(found["prefill"], found["decode"], dropping)
+    return fixed + work + held, fixed + work + max(held, found["caches"])
 
 
-def training_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
-    """SFT, or the update of GRPO."""
-    kind, room = stage.split()[0], CARDS[card] - RESERVE["training"]
-    cfg = {"sft": sft.Config, "grpo": grpo.Config}[kind]()
-
-    def parts(world: int, **flags) -> dict[str, float]:
-        found = update(kind, MODELS[name], replace(cfg, **flags), TYPICAL, world)
-        return {key: value / GIB for key, value in found.items()}
-
-    def advice() -> str:
-        """The first of these that fits: shorter rows, more ranks."""
-        least = cfg.max_tokens if kind == "sft" else cfg.max_prompt_tokens + cfg.max_new_tokens
-        tokens = cfg.pack_tokens // 2
-        while tokens >= least and parts(ranks)["resident"] < room:
-            if sum(parts(ranks, pack_tokens=tokens).values()) <= room:
-                return f"--pack-tokens {tokens}"
-            tokens //= 2
-        enough = [world for world in (2, 4, 8, 16, 32) if sum(parts(world).values()) <= room]
-        return (
-            f"torchrun --nproc-per-node {enough[0]}"
-            if enough
-            else "more ranks, on several machines"
-        )
-
-    found = parts(ranks)
-    peak = sum(found.values())
-    return Cell(
-        name, stage, card, ranks, peak, peak, found, peak <= room, "" if peak <= room else advice()
-    )
-
-
-def sampling_cell(name: str, stage: str, card: str, ranks: int) -> Cell:
-    """A stage that samples. Its caches take what they can use of model.CACHE_SHARE of the memory that is free before,
-    but always hold one prompt; the work comes on top: prompts are encoded while the caches of others are full."""
-    config = MODELS[name]
-    cfg = {"augment": augment.Config, "grpo rollout": grpo.Config, "evaluate": evaluate.Config}[
-        stage
-    ]()
-    n, resident = 1, 0
-    if stage == "augment":
-        n = cfg.samples
-    if stage == "grpo rollout":
-        n, resident = (
-            cfg.group,
-            optimizer_bytes(build(config, cfg, device="meta"), gradients=False) // ranks,
-        )
-    longest = getattr(cfg, "max_prompt_tokens", 3072)
-
-    def parts(branches: int) -> dict[str, float]:
-        found = rollout(config, replace(cfg, max_branches=branches), TYPICAL, n, longest, resident)
-        found = {key: value / GIB for key, value in found.items()}
-        free = CARDS[card] - CONTEXT - found["fixed"]
-        held = max(min(found["caches"], qwen.CACHE_SHARE * free), found["least"])
-        work = found["fixed"] + max(found["prefill"], found["decode"])
-        return found | {"peak": work + held, "wanted": work + found["caches"]}
-
-    def advice() -> str:
-        branches = cfg.max_branches // 2
-        while branches >= n and found["fixed"] < room:
-            if parts(branches)["peak"] <= room:
-                return f"--max-branches {branches}"
-            branches //= 2
-        return "more ranks, or larger cards" if resident else "a larger card"
-
-    found, room = parts(cfg.max_branches), CARDS[card] - RESERVE["sampling"]
-    peak, wanted = found.pop("peak"), found.pop("wanted")
-    return Cell(
-        name,
-        stage,
-        card,
-        ranks,
-        peak,
-        wanted,
-        found,
-        peak <= room,
-        "" if peak <= room else advice(),
-    )
-
-
-def cells(only: list[str]) -> Iterator[Cell]:
-    """The table's cells whose names hold all words of `only`; 24 GB is for inference only."""
-    for name in MODELS:
-        for stage in STAGES:
-            for card, ranks in PLACES:
-                make = training_cell if stage in ("sft", "grpo update") else sampling_cell
-                wanted = all(word in cell_name(name, stage, card, ranks) for word in only)
-                if wanted and (card != "24 GB" or stage in ("augment", "evaluate")):
-                    yield make(name, stage, card, ranks)
-
-
-def shown(cell: Cell | None) -> str:
-    """A cell's text: the peak, in brackets what the caches would take at most, bold if it does not fit."""
-    if cell is None:
+def cell(config: Config, stage: str, card_name: str, ranks: int, more: dict) -> str:
+    """The peak in GiB, in brackets what the caches would take at most, bold if it does not fit; a
+    small card is for inference only, and `more` flags are for training."""
+    trains, card_size = stage in ("sft", "grpo update"), CARDS[card_name]
+    if card_name == "24 GB" and stage not in ("augment", "evaluate") or more and not trains:
         return "-"
-    text = f"{cell.peak:.1f}" + (f" ({cell.wanted:.0f})" if cell.wanted > cell.peak else "")
-    return text if cell.fits else f"**{text}**"
+    flags = STAGES[stage](**more)
+    if trains:
+        peak = wanted = sum(update(config, TYPICAL, flags, ranks)) / GIB
+    else:
+        # During a rollout there are no gradients: float32 weights and two moments.
+        resident = 12 * sizes(outline(config)) / ranks / GIB if stage == "grpo rollout" else 0.0
+        peak, wanted = sampling(config, flags, resident, card_size)
+    text = f"{peak:.1f}" + f" ({wanted:.0f})" * (wanted > peak)
+    return text if peak <= card_size - RESERVE[trains] else f"**{text}**"
 
 
-def report(found: list[Cell]) -> str:
-    """The table in Markdown, and a line for every cell that does not fit."""
-    by = {(c.model, c.card, c.ranks, c.stage): c for c in found}
-    lines = ["| model, cards | " + " | ".join(STAGES) + " |", "| --- |" + " --: |" * len(STAGES)]
-    for model in MODELS:
-        for card, ranks in PLACES:
-            row = [by.get((model, card, ranks, stage)) for stage in STAGES]
-            if any(row):
-                lines.append(f"| {model}, {ranks} x {card} | " + " | ".join(map(shown, row)) + " |")
-    sizes = " or ".join(f"{size} ({kind})" for kind, size in CARDS.items())
-    lines += ["", f"GiB a card, which has {sizes}; {RESERVE['training']:g} of them stay free in training, and "
-              f"{RESERVE['sampling']:g} in sampling. In brackets: if the caches were not limited to what is free. "
-              "Bold: does not fit."]  # fmt: skip
-    for cell in found:
-        if not cell.fits:
-            name = cell_name(cell.model, cell.stage, cell.card, cell.ranks)
-            lines.append(f"- {name}: {cell.peak:.1f} GiB; {cell.advice}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="words that a cell's name holds, as in: 3B grpo 1 x"
-    )
-    parser.add_argument("--json", help="write all parts of every cell to this file")
-    flags = parser.parse_args()
-    found = list(cells(flags.only))
-    if not found:
-        parser.error(
-            f"no cell is called {' '.join(flags.only)}; a name is, for example: 3B grpo update, 8 x 80 GB"
-        )
-    print(report(found))
-    if flags.json:
-        text = json.dumps([vars(cell) for cell in found], indent=1)
-        Path(flags.json).write_text(text + "\n")
+def table() -> Iterator[str]:
+    """The lines of the table."""
+    yield "| model, cards | " + " | ".join(STAGES) + " |"
+    yield "| --- |" + " --: |" * len(STAGES)
+    for name, config in MODELS.items():
+        places = [(*place, {}, "") for place in PLACES] + [("80 GB", 8, *FASTER)]
+        for card_name, ranks, more, text in places:
+            cells = [cell(config, stage, card_name, ranks, more) for stage in STAGES]
+            yield f"| {name}, {ranks} x {card_name}{text} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
-    main()
+    for line in table():
+        print(line, flush=True)

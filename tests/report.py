@@ -1,27 +1,25 @@
-"""A page to look at runs (curves, the F1 table, what the guard wrote), and the README's figures.
+"""A page to look at runs: what came out, curves, what the guard wrote; and the README's figures.
 
 In:  folders of sft.py and grpo.py (run.json, metrics.jsonl, rollouts.jsonl) and of evaluate.py
-     (results.json, predictions.jsonl).
+     (settings.json, predictions.jsonl).
 Out: one HTML file that holds everything and loads nothing (its frame is report.html), or PNG
      figures (draw.py).
 
-Outputs and requests may be hostile: all text is escaped, the browser runs no script but the page's
-own, and images are blurred until they are clicked. The gallery is bounded; the page says what it
-leaves out.
+Outputs and requests may be hostile: they reach the page as data, of which its script, the only one
+that the browser runs, makes text; images are blurred until they are clicked. A request or an image
+stands beside an output only if the data still are what the run has read. Damaged records are named.
 
     python tests/report.py out/sft out/guard out/eval --out out/report.html
     python tests/report.py out/toy/seed-*/{grpo,eco} --curves tests/figures/curves.png
-    python tests/report.py out/toy/seed-31/eval-grpo --exchange tests/figures/exchange.png
+    python tests/report.py out/toy/seed-31/eval-grpo --id test-00002 --exchange exchange.png
     python tests/report.py --packed-row tests/figures/packed_row.png
 """
 
 import argparse
 import base64
-import html
 import io
 import json
 import os
-import re
 import secrets
 import statistics
 import sys
@@ -32,22 +30,31 @@ from string import Template
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import compare  # noqa: E402
 import draw  # noqa: E402
 
 import data  # noqa: E402  (the repository is importable only from here on)
-import reward  # noqa: E402
+import evaluate  # noqa: E402
+from reward import HARMFUL, UNHARMFUL, parse  # noqa: E402
 
-SETTINGS = ("model", "data", "seed", "eco", "lr", "device", "threads", "torch", "commit")
-WORDS = ("run", "task", "benchmark", "modality")  # columns of the F1 table; the others are numbers
-NUMBERS = (
-    *("n", "f1", "precision", "recall", "false_positive_rate", "auroc"),
-    *("unparseable", "truncated", "mean_tokens"),
-)
-MAX_CARDS = 300  # exchanges in the page, of all runs together: this bounds its size
+MAX_CARDS = 60  # exchanges that the page shows of one run
+CHANGED = "the run's data are not found, or have changed"
+NOT_SETTINGS = ("flags", "fingerprint", "images", "metrics", "lines")  # of what a run leaves
 MAX_CHARACTERS = 3000  # that the page shows of a request, a response or an output
-MAX_SIDE = 256  # pixels of an embedded image
 
-# ---- runs
+# What the page needs of a record: a type, one of several values, a list, or a dict of such.
+NUMBER, LABEL = int | float, (HARMFUL, UNHARMFUL, None)
+LABELS = {"request_label": LABEL, "response_label": LABEL}
+OUTPUT = {"output": str, "n_tokens": NUMBER, "finished": bool}
+PAID = OUTPUT | {"reward": {"total": NUMBER}, "advantage": NUMBER}
+JUDGED = OUTPUT | {"request_pred": LABEL, "response_pred": LABEL}
+JUDGED |= {"request_p": NUMBER | None, "response_p": NUMBER | None}
+EXCHANGE = {"id": str, "source": str, "request": str, "response": str | None, "image": str | None}
+SHAPES = {
+    "metrics": {"step": NUMBER},
+    "rollouts": LABELS | {"step": NUMBER, "id": str, "outputs": [PAID]},
+    "predictions": LABELS | JUDGED | EXCHANGE | {"folder": str, "key": str},
+}
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,11 @@ class Run:
 
     name: str
     folder: Path
-    settings: dict  # run.json
+    settings: dict  # run.json; of an evaluation settings.json and results.json
     metrics: list[dict]
     rollouts: list[dict]
     predictions: list[dict]
-    results: dict
+    damaged: list[str]  # a line for each record that is left out
 
 
 def read_runs(folders: list[str]) -> list[Run]:
@@ -71,336 +78,272 @@ def read_runs(folders: list[str]) -> list[Run]:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """The run in a folder. InputError if it holds no file of a run, or one that cannot be read."""
-    settings, results = (
-        data.read_json(folder / file) if (folder / file).is_file() else {}
-        for file in ("run.json", "results.json")
-    )
-    metrics = data.read_records(folder / "metrics.jsonl", ["step"])
-    rollouts = data.read_records(folder / "rollouts.jsonl", ["step", "id", "outputs"])
-    predictions = data.read_records(folder / "predictions.jsonl", ["id", "file", "output"])
-    if not (metrics or rollouts or predictions or results):
-        raise data.InputError(f"{folder}: holds no metrics, rollouts, predictions or results")
-    return Run(name, folder, settings, metrics, rollouts, predictions, results)
+    """The run in a folder. InputError if it holds none, or its settings cannot be read."""
+    settings, damaged = {}, []
+    for path in (folder / file for file in ("results.json", "settings.json", "run.json")):
+        settings |= data.read_json(path) if path.is_file() else {}
+    wanted = {"flags": {"data": [str], "validation": list}, "fingerprint": dict}
+    if "flags" in settings and not fits(settings, wanted):
+        raise data.InputError(f"{folder}/run.json: damaged; nothing can be shown of this run")
+    records = [read_records(folder / f"{kind}.jsonl", SHAPES[kind], damaged) for kind in SHAPES]
+    if not any(records):
+        raise data.InputError(f"{folder}: holds no metrics, rollouts or predictions")
+    return Run(name, folder, settings, *records, damaged)
 
 
-def find_samples(files: list[str], ids: set[str]) -> dict[str, data.Sample]:
-    """{id: sample} of the samples with these ids, as far as the data files still hold them.
-
-    A row that cannot be read was set aside by the run (--skip-bad), so no rollout is about it. An
-    id that occurs twice is left out: a rollout does not say which of the samples it is about.
-    """
-    found: dict[str, list[data.Sample]] = {}
-    for path in (Path(file) for file in files if Path(file).is_file()):
-        for line in path.read_bytes().split(b"\n"):
-            with suppress(ValueError, LookupError, TypeError, RecursionError):
-                row = json.loads(line)
-                if row["id"] in ids:
-                    found.setdefault(row["id"], []).append(data.from_json(row, path.parent))
-    return {id: samples[0] for id, samples in found.items() if len(samples) == 1}
+def read_records(path: Path, shape: dict, damaged: list[str]) -> list[dict]:
+    """The records of a file that have this shape; the others are named in `damaged`."""
+    records = []
+    for number, line in data.read_lines(path) if path.is_file() else ():
+        try:
+            record = data.decode_json(line)
+            if not fits(record, shape):
+                raise data.InputError(f"want a JSON object with {', '.join(shape)}")
+            records.append(record)
+        except data.InputError as error:
+            damaged.append(data.printable(f"{path}:{number}: damaged, and left out: {error}"))
+    return records
 
 
-# ---- what the gallery shows
+def fits(value: object, shape) -> bool:
+    """Whether a value has a shape; a number also has to be one that a float can hold, not NaN."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(value.get(k), shape[k]) for k in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and value != [] and all(fits(v, shape[0]) for v in value)
+    if isinstance(shape, tuple):
+        return value in shape
+    return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e300)
 
 
-@dataclass(frozen=True)
-class Card:
-    """One exchange and the outputs about it: a group of rollouts, or a single prediction."""
-
-    run: str
-    where: str  # such as "step 12"
-    id: str
-    sample: data.Sample | None  # None: the run's data files do not hold it
-    labels: dict[str, str | None]  # of "request" and "response"
-    outputs: list[dict]  # records of rollouts.jsonl or predictions.jsonl
+# ---- the exchanges that outputs are about
 
 
-def labels_of(record: dict) -> dict[str, str | None]:
-    """The true labels in a line of rollouts.jsonl or predictions.jsonl."""
-    return {task: record.get(f"{task}_label") for task in ("request", "response")}
+def samples_in(file: Path) -> list[data.Sample]:
+    """The samples of a data file; a row that cannot be read is none of them."""
+    samples = []
+    for _, line in data.read_lines(file):
+        with suppress(data.InputError):
+            samples.append(data.from_json(data.decode_json(line), file.parent))
+    return samples
 
 
-def verdicts_of(output: dict) -> dict[str, str | None]:
-    """What an output says, read afresh; None where that is unreadable."""
-    verdict = reward.parse(output["output"])
-    return {"request": verdict.request, "response": verdict.response}
+def trained_samples(run: Run) -> tuple[dict[str, data.Sample | None], bool]:
+    """{id: sample} of what a run was trained on (None: several have this id), and whether the
+    images are the same as then. The data are looked for from here and from the run's folder
+    upwards, and count only if their content is what the run's fingerprint says."""
+    flags, before = run.settings.get("flags"), run.settings.get("fingerprint")
+    for root in (Path(), *run.folder.parents) if flags and run.rollouts else ():
+        files = [root / str(name) for name in flags["data"] + flags["validation"]]
+        if all(file.is_file() for file in files):
+            samples = [samples_in(file) for file in files]
+            now = data.fingerprint(str(run.folder), files, samples=sum(samples, []))
+            if all(before.get(name) == now[name] for name in now if name.startswith("data/")):
+                found = {}
+                for sample in sum(samples[: len(flags["data"])], []):
+                    found[sample.id] = None if sample.id in found else sample
+                return found, before.get("images") == now.get("images")
+    return {}, False
 
 
-def is_right(output: dict, labels: dict[str, str | None]) -> bool:
-    """Whether every verdict for which there is a label agrees with it."""
-    verdicts = verdicts_of(output)
-    return all(label in (None, verdicts[task]) for task, label in labels.items())
+def judged_samples(run: Run) -> dict[str, data.Sample]:
+    """{key: sample} of the data beside the images of a run's predictions. The key of a record holds
+    the whole exchange and the size of its image."""
+    samples = []
+    for folder in {p["folder"] for p in run.predictions if p["image"] is not None}:
+        with suppress(ValueError):  # a text that cannot be a path
+            files = sorted((run.folder / folder).resolve().glob("*.jsonl"))
+            samples += [sample for file in files for sample in samples_in(file)]
+    return {evaluate.sample_fields(sample)["key"]: sample for sample in samples}
 
 
-def error_size(prediction: dict) -> float:
-    """How sure the guard is of its worst error: the probability of the wrong verdict; 1 if that is
-    unreadable or has no probability, 0 if nothing is wrong."""
-    verdicts, size = verdicts_of(prediction), 0.0
-    for task, label in labels_of(prediction).items():
-        p_harmful = prediction.get(f"{task}_p")
-        if label in (None, verdicts[task]):
-            continue
-        if verdicts[task] is None or p_harmful is None:
-            return 1.0
-        size = max(size, p_harmful if verdicts[task] == reward.HARMFUL else 1 - p_harmful)
-    return size
+def image_url(sample: data.Sample | None) -> str:
+    """The image of a sample, small, as a URL. InputError if there is none, if it cannot be decoded,
+    or if it lies, by way of a link, outside of the data's folder."""
+    if sample is None:
+        raise data.InputError(CHANGED)
+    path = sample.image_path.resolve()
+    if not path.is_relative_to(sample.folder.resolve()):
+        raise data.InputError(f"{sample.image} leads out of the data's folder")
+    image, file = data.open_image(path), io.BytesIO()
+    image.thumbnail((256, 256))
+    image.save(file, "JPEG", quality=85)
+    return as_url(file.getvalue(), "jpeg")
 
 
-def mean_reward(group: dict) -> float:
-    return statistics.fmean(output["reward"]["total"] for output in group["outputs"])
-
-
-def rollout_cards(run: Run, count: int) -> tuple[list[Card], str]:
-    """At most `count` groups of rollouts, half newest and half worst, and what is left out."""
-    split = max(0, len(run.rollouts) - count // 2)
-    worst = sorted(run.rollouts[:split], key=mean_reward)[: count // 2]
-    chosen = [(group, "newest") for group in reversed(run.rollouts[split:])]
-    chosen += [(group, "lowest mean reward") for group in worst]
-    files = run.settings.get("config", {}).get("data", [])
-    samples = find_samples(files, {group["id"] for group, _ in chosen})
-    cards = []
-    for group, why in chosen:
-        where, sample = f"step {group['step']} ({why})", samples.get(group["id"])
-        cards.append(Card(run.name, where, group["id"], sample, labels_of(group), group["outputs"]))
-    note = (
-        f"{run.name}: {len(cards)} of {len(run.rollouts)} groups of rollouts, the newest and, "
-        "of the others, those with the lowest mean reward; "
-        f"{len(run.rollouts) - len(cards)} are left out."
-    )
-    if missing := sum(card.sample is None for card in cards):
-        note += (
-            f" {missing} come without their request, which is not (or twice) in {', '.join(files)}."
-        )
-    return cards, note
-
-
-def prediction_cards(run: Run, count: int) -> tuple[list[Card], str]:
-    """At most `count` predictions, two thirds surest errors, one right, and what is left out."""
-    right = [p for p in run.predictions if is_right(p, labels_of(p))]
-    wrong = [p for p in run.predictions if not is_right(p, labels_of(p))]
-    shown_right = right[: count // 3]
-    shown_wrong = sorted(wrong, key=error_size, reverse=True)[: count - len(shown_right)]
-    cards = []
-    for p in shown_wrong + shown_right:
-        fields = {key: p.get(key) for key in data.KEYS}
-        file = (run.folder / p["file"]).resolve()  # it is written relative to the folder
-        sample = data.Sample(**fields, folder=file.parent)
-        cards.append(Card(run.name, sample.source, p["id"], sample, labels_of(p), [p]))
-    note = (
-        f"{run.name}: {len(cards)} of {len(run.predictions)} predictions, {len(shown_wrong)} of "
-        f"the {len(wrong)} wrong ones, the surest first, and {len(shown_right)} of the "
-        f"{len(right)} right ones; {len(run.predictions) - len(cards)} are left out."
-    )
-    return cards, note
-
-
-def gallery_cards(runs: list[Run]) -> tuple[list[Card], list[str]]:
-    """The cards of all runs, at most MAX_CARDS, and notes on what is left out of each gallery."""
-    galleries = [(rollout_cards, run) for run in runs if run.rollouts]
-    galleries += [(prediction_cards, run) for run in runs if run.predictions]
-    cards, notes = [], []
-    for make, run in galleries:
-        found, note = make(run, MAX_CARDS // len(galleries))
-        cards += found
-        notes.append(note)
-    return cards, notes
+def as_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ---- the page
 
 
-def escaped(value: object) -> str:
-    """A value as HTML text, also within quotes; control characters and halves of surrogate pairs,
-    which no HTML file can hold, become U+FFFD."""
-    text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value))
-    return html.escape(text, quote=True)
+def error_size(output: dict, record: dict) -> float:
+    """How sure the guard is of its worst error: the probability of the wrong verdict, or 1 if that
+    is unreadable or has no probability; -1 if every verdict agrees with the record's label."""
+    size, said = -1.0, parse(output["output"])
+    for task, verdict in (("request", said.request), ("response", said.response)):
+        if record[f"{task}_label"] not in (None, verdict):
+            p_harmful = output.get(f"{task}_p")
+            if verdict is None or p_harmful is None:
+                return 1.0
+            size = max(size, p_harmful if verdict == HARMFUL else 1 - p_harmful)
+    return size
 
 
-def excerpt(text: str) -> str:
-    """A text as HTML; what comes after MAX_CHARACTERS is only counted."""
+def short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def excerpt(text: str | None) -> str:
+    """A text; what comes after MAX_CHARACTERS is only counted."""
+    text = text or "(none)"
     missing = len(text) - MAX_CHARACTERS
-    ending = f" [... and {missing} more characters]" if missing > 0 else ""
-    return escaped(text[:MAX_CHARACTERS] + ending)
+    return text if missing <= 0 else f"{text[:MAX_CHARACTERS]} [... and {missing} more characters]"
 
 
-def image_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def thumbnail(path: Path) -> str:
-    """An image file as a small JPEG in a URL. InputError if it cannot be decoded."""
-    image, file = data.open_image(path), io.BytesIO()
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    image.save(file, "JPEG", quality=85)
-    return image_url(file.getvalue(), "jpeg")
-
-
-def number(value: float | None, places: str = ".3g") -> str:
-    """A number as text: counts in full, the others as `places` says, a dash for None."""
-    if value is None:
-        return "-"
-    return f"{value:{places}}" if isinstance(value, float) else str(value)
-
-
-def output_html(output: dict, labels: dict[str, str | None]) -> str:
+def shown_output(output: dict, record: dict) -> dict:
     """One output: its verdicts, its length, what it was paid, and its text."""
-    lines = []
-    for task, verdict in verdicts_of(output).items():
-        line = f"{task}: {verdict or 'unreadable'} (label: {labels[task] or 'none'})"
+    lines, said = [], parse(output["output"])
+    for task, verdict in (("request", said.request), ("response", said.response)):
+        line = f"{task}: {verdict or 'unreadable'} (label: {record[f'{task}_label'] or 'none'})"
         if output.get(f"{task}_p") is not None:
             line += f", P(harmful) {output[f'{task}_p']:.3f}"
         lines.append(line)
-    ending = "" if output.get("finished", True) else ", cut off"
-    lines.append(f"{output.get('n_tokens', '?')} tokens{ending}")
+    lines.append(f"{short(output['n_tokens'])} tokens{'' if output['finished'] else ', cut off'}")
     if "reward" in output:
-        parts = ", ".join(f"{name} {number(value)}" for name, value in output["reward"].items())
-        lines += [f"reward: {parts}", f"advantage: {number(output['advantage'])}"]
-    kind = "right" if is_right(output, labels) else "wrong"
-    shown = "".join(f'<p class="note">{escaped(line)}</p>' for line in lines)
-    text = excerpt(output["output"])
-    return f'<div class="output" data-verdict="{kind}">{shown}<pre>{text}</pre></div>'
+        paid = output["reward"] | {"advantage": output["advantage"]}
+        lines.append("reward: " + ", ".join(f"{name} {short(paid[name])}" for name in paid))
+    verdict = "wrong" if error_size(output, record) >= 0 else "right"
+    return {"verdict": verdict, "notes": lines, "text": excerpt(output["output"])}
 
 
-def card_html(card: Card, urls: dict[Path, str]) -> str:
-    """One exchange, its image blurred, and all outputs about it.
-
-    An image is added to `urls`, once; the card holds its number there, and the page's script puts
-    it in its place.
-    """
-    sample, image, exchange = card.sample, "", ""
-    modality = "unknown" if sample is None else sample.modality
-    if sample is not None:
-        for name, text in (("Request", sample.request), ("Response", sample.response)):
-            exchange += f"<b>{name}</b><pre>{excerpt(text or '(none)')}</pre>"
-    if sample is not None and sample.image is not None:
+def shown_card(
+    run: str, where: str, record: dict, exchange: dict | None, sample: data.Sample | None
+) -> dict:
+    """One exchange and the outputs about it: a group of rollouts, or a single prediction. exchange:
+    None if it is not known; sample: None if its image is not known."""
+    outputs = [shown_output(output, record) for output in record.get("outputs", [record])]
+    card = {"run": run, "where": where, "id": record["id"], "image": None, "outputs": outputs}
+    if exchange is None:
+        return card | {"modality": "unknown", "texts": {}, "notes": [f"No exchange: {CHANGED}."]}
+    card |= {"modality": evaluate.modality(exchange), "notes": []}
+    card["texts"] = {name: excerpt(exchange[name]) for name in ("request", "response")}
+    if exchange["image"] is not None:
         try:
-            path = data.find_image(sample.image, sample.folder)
-            if path not in urls:
-                urls[path] = thumbnail(path)
-            image = f'<img class="blurred" data-image="{list(urls).index(path)}" alt="image">'
-            image = f'<div class="frame" title="click to see the image">{image}</div>'
+            card["image"] = image_url(sample)
         except data.InputError as error:
-            exchange += f'<p class="note">{escaped(error)}</p>'
-    outputs = "".join(output_html(output, card.labels) for output in card.outputs)
-    return (
-        f'<article class="card" data-run="{escaped(card.run)}" data-modality="{modality}">'
-        f"<h3>{excerpt(f'{card.run}, {card.where}: {card.id} ({modality})')}</h3>"
-        f'<div class="exchange">{image}<div>{exchange}</div></div>'
-        f'<div class="outputs">{outputs}</div></article>'
-    )
+            card["notes"] = [f"No image: {error}."]
+    return card
 
 
-def f1_text(row: dict) -> str:
-    """F1 and, where the row has it, its 95 % interval: f1_interval, or f1_low and f1_high."""
-    low, high = row.get("f1_interval") or (row.get("f1_low"), row.get("f1_high"))
-    interval = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
-    return "-" if row.get("f1") is None else f"{row['f1']:.1f}{interval}"
+def rollout_cards(run: Run) -> list[dict]:
+    """At most MAX_CARDS groups of rollouts: half the newest, half those with the worst reward."""
+
+    def mean_reward(group: dict) -> float:
+        return statistics.fmean(output["reward"]["total"] for output in group["outputs"])
+
+    split = max(0, len(run.rollouts) - MAX_CARDS // 2)
+    by_reward = sorted(run.rollouts[:split], key=mean_reward)
+    samples, are_same_images = trained_samples(run)
+    cards = []
+    for group in run.rollouts[split:][::-1] + by_reward[: MAX_CARDS // 2]:
+        sample = samples.get(group["id"])
+        exchange = data.to_json(sample) if sample else None
+        sample = sample if are_same_images else None
+        cards.append(shown_card(run.name, f"step {group['step']}", group, exchange, sample))
+    return cards
 
 
-def results_html(runs: list[Run]) -> str:
-    """The rows of all results.json as one table, the runs of a benchmark and modality together."""
-    rows = [{"run": run.name, **row} for run in runs for row in run.results.get("rows", [])]
-    rows.sort(key=lambda row: (row["task"], row["benchmark"], row["modality"]))
-    lines = "".join(f'<th class="word">{name}</th>' for name in WORDS)
-    lines += "".join(f"<th>{name.replace('_', ' ')}</th>" for name in NUMBERS)
-    for row in rows:
-        numbers = {name: number(row.get(name), ".1f") for name in NUMBERS} | {"f1": f1_text(row)}
-        lines += "</tr>\n<tr>"
-        lines += "".join(f'<td class="word">{escaped(row[name])}</td>' for name in WORDS)
-        lines += "".join(f"<td>{escaped(numbers[name])}</td>" for name in NUMBERS)
-    table = f'<div class="scroll"><table><tr>{lines}</tr></table></div>'
-    return f"<h2>F1 (%)</h2>{table}" if rows else ""
+def prediction_cards(run: Run) -> list[dict]:
+    """At most MAX_CARDS predictions: at least two thirds the surest errors, then right ones."""
+    by_size = sorted(run.predictions, key=lambda p: error_size(p, p), reverse=True)
+    wrong = [p for p in by_size if error_size(p, p) >= 0]
+    right = by_size[len(wrong) :][: MAX_CARDS // 3]
+    shown, samples = wrong[: MAX_CARDS - len(right)] + right, judged_samples(run)
+    return [shown_card(run.name, p["source"], p, p, samples.get(p["key"])) for p in shown]
 
 
-def run_html(run: Run) -> str:
-    """One line on what a run was started with."""
-    settings = run.settings | run.settings.get("config", {}) | run.results
-    known = [f"{name} {settings[name]}" for name in SETTINGS if settings.get(name) is not None]
-    return f"<p><b>{escaped(run.name)}</b>: {escaped(', '.join(known))}</p>"
+def outcomes_of(runs: list[Run]) -> dict[str, list[dict]]:
+    """{run: the averages of compare.py's table} of the runs with predictions."""
+    found = {r.name: compare.score_by(r.predictions, compare.OURS) for r in runs if r.predictions}
+    return {name: [x for x in table if x["is_average"]] for name, table in found.items()}
 
 
-def select_html(name: str, values: list[str]) -> str:
-    options = "".join(f'<option value="{escaped(v)}">{escaped(v)}</option>' for v in values)
-    return f'{name} <select name="{name}"><option value="">all</option>{options}</select>'
+def outcome_cells(lines: list[dict]) -> dict[str, str]:
+    """{task and modality: F1 with its interval, and tokens} of one run."""
+    cells = {}
+    for line in lines:
+        numbers = line["f1"], *line["f1_interval"], line["mean_tokens"]
+        text = "{:.1f} ({:.1f} to {:.1f})\n{:.1f} tokens".format(*numbers)
+        cells[f"{line['task']}, {line['modality']}"] = text
+    return cells
 
 
-def page(runs: list[Run], figures: dict[str, bytes]) -> str:
-    """The whole page. figures: the curves, {title: PNG}."""
-    cards, notes = gallery_cards(runs)
-    urls: dict[Path, str] = {}
-    gallery = "\n".join(card_html(card, urls) for card in cards)
-    filters = {
-        "run": sorted({card.run for card in cards}),
-        "modality": ["text", "image", "text_image", "unknown"],
-        "verdict": ["right", "wrong"],
-    }
-    curves = ""
-    for title, png in figures.items():
-        curves += f"<h2>{title}</h2>"
-        curves += f'<img class="curves" alt="curves of {title}" src="{image_url(png, "png")}">'
-    frame = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
-    return frame.substitute(
-        nonce=secrets.token_hex(16),
-        runs="".join(run_html(run) for run in runs),
-        curves=curves,
-        results=results_html(runs),
-        notes="".join(f'<p class="note">{escaped(note)}</p>' for note in notes),
-        filters="".join(select_html(name, values) for name, values in filters.items()),
-        cards=len(cards),
-        gallery=gallery,
-        images=json.dumps(list(urls.values())),
-    )
+def setting_cells(run: Run) -> dict[str, str]:
+    """{setting: value} of one run: flags, versions, and what was left out."""
+    known = run.settings | run.settings.get("flags", {})
+    names = [name for name in known if name not in NOT_SETTINGS and "/" not in name]
+    return {name: excerpt(str(known[name])) for name in names}
 
 
-def typical_card(runs: list[Run], id: str | None) -> Card:
-    """The prediction with this id; by default the first that is right about a harmful request with
-    text and image. InputError if there is none."""
+def page(runs: list[Run], outcomes: dict[str, list[dict]], figures: dict[str, bytes]) -> str:
+    """The whole page. outcomes: {run: lines}; figures: {title: PNG}."""
+    cards, notes = [], [line for run in runs for line in run.damaged]
     for run in runs:
-        for card in prediction_cards(run, 3 * len(run.predictions))[0]:
-            harmful = card.labels["request"] == reward.HARMFUL
-            typical = harmful and card.sample.modality == "text_image"
-            typical = typical and is_right(card.outputs[0], card.labels)
-            if card.id == id or (id is None and typical):
-                return card
-    raise data.InputError("these folders hold no such prediction; name one with --id")
-
-
-# ---- command line
+        found = rollout_cards(run) + prediction_cards(run)
+        records = len(run.rollouts) + len(run.predictions)
+        notes += [f"{run.name}: {len(found)} of {records} are shown."] if records else []
+        cards += found
+    content = {
+        "runs": [run.name for run in runs],
+        "outcome": {name: outcome_cells(lines) for name, lines in outcomes.items()},
+        "figures": {title: as_url(png, "png") for title, png in figures.items()},
+        "notes": notes,
+        "cards": cards,
+        "settings": {run.name: setting_cells(run) for run in runs},
+    }
+    frame = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
+    # Without "<" no text can end the script element that holds it; half a surrogate pair is no text.
+    safe = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
+    safe = safe.encode(errors="replace").decode()
+    return frame.substitute(nonce=secrets.token_hex(16), content=safe)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="*", metavar="DIR", help="of a run, as it was its --out")
     parser.add_argument("--out", help="write the page, an HTML file")
-    parser.add_argument(
-        "--curves", help="write reward, accuracy, F1 and tokens over steps, a PNG file"
-    )
+    parser.add_argument("--curves", help="write reward, F1 and tokens over steps, a PNG file")
     parser.add_argument("--exchange", help="write one prediction with its exchange, a PNG file")
-    parser.add_argument("--id", help="of that prediction (default: a harmful one, judged rightly)")
+    parser.add_argument("--id", help="of that prediction")
     parser.add_argument("--packed-row", help="write who sees whom in a packed row, a PNG file")
     args = parser.parse_args(arguments)
-    about_runs = args.out or args.curves or args.exchange
-    if not (about_runs or args.packed_row) or (about_runs and not args.folders):
+    if not args.packed_row and not (args.folders and (args.out or args.curves or args.exchange)):
         parser.error("want DIR and --out, --curves or --exchange, or want --packed-row")
+    files = {}
     try:
         runs = read_runs(args.folders)
+        sys.stderr.writelines(f"{line}\n" for run in runs for line in run.damaged)
         if args.out:
-            write(args.out, page(runs, draw.stage_figures(runs)))
+            outcomes = outcomes_of(runs)
+            files[args.out] = page(runs, outcomes, draw.page_figures(runs, outcomes))
         if args.curves:
-            write(args.curves, draw.curves(runs, draw.README_PANELS))
+            files[args.curves] = draw.curves(runs, draw.README_PANELS)
         if args.exchange:
-            card = typical_card(runs, args.id)
-            write(args.exchange, draw.exchange(card.sample, card.outputs[0]))
+            found = [(run, p) for run in runs for p in run.predictions if p["id"] == args.id]
+            if not found:
+                raise data.InputError("these folders hold no prediction with the --id")
+            (run, p), *_ = found
+            files[args.exchange] = draw.exchange(p, judged_samples(run).get(p["key"]))
         if args.packed_row:
-            write(args.packed_row, draw.packed_row())
+            files[args.packed_row] = draw.packed_row()
+        for path, content in files.items():
+            data.write_atomic(path, content)
+            print(f"{path}: written, {len(content) / 1e6:.1f} MB")
     except (data.InputError, OSError) as error:
-        data.end_process(2, f"error: {' '.join(str(error).split())}\n")
-
-
-def write(path: str, content: str | bytes) -> None:
-    data.check_output(path, [])
-    data.write_atomic(path, content)
-    print(f"{path}: written, {Path(path).stat().st_size / 1e6:.1f} MB")
+        print(data.printable(f"error: {error}"), file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m pytest tests/test_augment.py
 import itertools
 import json
 import random
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,47 +15,26 @@ import toy
 from PIL import Image
 
 import augment
-from augment import (
-    Config,
-    concatenate,
-    concatenations,
-    either,
-    is_right,
-    join_texts,
-    merge_images,
-    select_rl_rows,
-)
-from data import Encoder, InputError, Sample, lock_output, read_samples
+import evaluate
+from augment import AugmentFlags, concatenate, concatenations, either, is_right, merge_images
+from data import Encoder, InputError, Sample, lock, read_samples
 
 LABELS = ("harmful", "unharmful", None)
 
 
-def sample(
-    key: str, request_label=None, response_label=None, response=None, request=None, **extra
-) -> Sample:
-    return Sample(
-        key,
-        "bench",
-        f"ask {key}" if request is None else request,
-        response=response,
-        request_label=request_label,
-        response_label=response_label,
-        **extra,
-    )
+def sample(name, request_label=None, response_label=None, response=None, **extra) -> Sample:
+    labels = {"request_label": request_label, "response_label": response_label}
+    fields = {"source": "bench", "request": f"ask {name}", "response": response}
+    return Sample(name, **fields | labels | extra)
 
 
 def output(request: str, response: str) -> str:
-    return (
-        f"<think>why</think><result>\nAnswers:\nRequest: {request}\nResponse: {response}\n</result>"
-    )
+    result = f"<result>\nAnswers:\nRequest: {request}\nResponse: {response}\n</result>"
+    return f"<think>why</think>{result}"
 
 
-# ---------------------------------------------------------------- right, hard, chosen
-
-
-@pytest.mark.parametrize(
-    "request_label, response_label, said, right",
-    [
+def test_right_is_every_label_right():
+    for request_label, response_label, said, right in (
         ("harmful", "unharmful", output("harmful", "unharmful"), True),
         ("harmful", "unharmful", output("harmful", "harmful"), False),
         ("harmful", "unharmful", output("unharmful", "unharmful"), False),
@@ -65,60 +43,37 @@ def output(request: str, response: str) -> str:
         ("harmful", "unharmful", "Request: harmful\nResponse: unharmful", False),  # no result block
         ("unharmful", "unharmful", output("?", "unharmful"), False),  # unreadable is wrong
         ("unharmful", None, "", False),
-    ],
-)
-def test_right_is_every_label_right(request_label, response_label, said, right):
-    assert is_right(said, sample("a", request_label, response_label, "answer")) is right
+    ):
+        assert is_right(said, sample("a", request_label, response_label, "answer")) is right
 
 
 def pool(texts: int = 20, images: int = 5) -> tuple[list[Sample], list[int]]:
-    """Text rows of which each fifth is right 0, 1, .. 4 times, and image-only rows that are always right."""
-    rows = [sample(f"t{i}", "harmful") for i in range(texts)]
-    rows += [sample(f"i{i}", "harmful", request="", image="x.png") for i in range(images)]
-    return rows, [i % 5 for i in range(texts)] + [4] * images
+    """Texts of which each fifth is right 0, 1, .. 4 times, and images that are always right."""
+    samples = [sample(f"t{i}", "harmful") for i in range(texts)]
+    samples += [sample(f"i{i}", "harmful", request="", image="x.png") for i in range(images)]
+    return samples, [i % 5 for i in range(texts)] + [4] * images
 
 
-def chosen(seed: int = 0, **flags) -> list[str]:
-    return [
-        row.id
-        for row in select_rl_rows(
-            *pool(), random.Random(seed), Config(augmented_share=0.0, **flags)
-        )
-    ]
+def chosen(seed: int = 0, augmented_share: float = 0.0, **flags) -> list[str]:
+    flags = AugmentFlags(augmented_share=augmented_share, **flags)
+    return [s.id for s in augment.select_samples(*pool(), random.Random(seed), flags)]
 
 
-def test_only_rows_that_are_never_right_are_hard_and_images_always_are():
+def test_samples_that_are_never_right_are_hard_and_images_always_are():
     assert sorted(chosen()) == ["i0", "i1", "i2", "i3", "i4", "t0", "t10", "t15", "t5"]
     assert sorted(chosen(keep_images=False)) == ["t0", "t10", "t15", "t5"]
-    assert set(chosen(keep_images=False, max_correct=1)) == {
-        f"t{i}" for i in (0, 1, 5, 6, 10, 11, 15, 16)
-    }
-
-
-def test_the_pool_can_be_mixed_with_any_rows():
-    mixed = chosen(size=10, random_share=0.6, keep_images=False)
-    assert len(mixed) == len(set(mixed)) == 10  # 6 of any rows and the 4 hard ones
-    assert {"t0", "t5", "t10", "t15"} <= set(mixed)
-    everything = chosen(size=25, random_share=1.0)
-    assert len(set(everything)) == 25
+    one_right = {f"t{i}" for i in (0, 1, 5, 6, 10, 11, 15, 16)}
+    assert set(chosen(keep_images=False, max_correct=1)) == one_right
 
 
 def test_size_share_and_seed():
     assert len(chosen(size=6)) == 6
     assert chosen(size=6) == chosen(size=6) != chosen(size=6, seed=1)
-    rows, right = pool()
-    assert (
-        len(select_rl_rows(rows, right, random.Random(0), Config(size=10, augmented_share=0.2)))
-        == 8
-    )
-
-
-def test_statistics_count_every_row_once():
-    table = augment.right_counts_table(*pool(), 4)
-    assert "| text | 4 | 4 | 4 | 4 | 4 |" in table and "| image | 0 | 0 | 0 | 0 | 5 |" in table
-
-
-# ---------------------------------------------------------------- the algebra of labels
+    assert len(chosen(size=10, augmented_share=0.2)) == 8
+    mixed = chosen(size=10, random_share=0.6, keep_images=False)
+    assert len(mixed) == len(set(mixed)) == 10  # 6 of any samples and the 4 hard ones
+    assert {"t0", "t5", "t10", "t15"} <= set(mixed)
+    assert len(set(chosen(size=25, random_share=1.0))) == 25
 
 
 @pytest.mark.parametrize("first, second", list(itertools.product(LABELS, LABELS)))
@@ -140,55 +95,33 @@ RESPONSES = [("answer", label) for label in LABELS] + [(None, None)]
 def test_labels_of_every_pair_in_every_order(request_first, request_second, first, second):
     a = sample("a", request_first, first[1], first[0])
     b = sample("b", request_second, second[1], second[0])
-    joined = concatenate(a, b)
-    assert joined.request_label == either(request_first, request_second)
     present = [label for response, label in (first, second) if response is not None]
-    expected = (
-        "harmful"
-        if "harmful" in present
-        else "unharmful"
-        if present and set(present) == {"unharmful"}
-        else None
-    )
-    assert joined.response_label == expected
-    assert (joined.response is None) == (not present)
-    swapped = concatenate(b, a)
-    assert (swapped.request_label, swapped.response_label) == (
-        joined.request_label,
-        joined.response_label,
-    )
+    expected = "harmful" if "harmful" in present else None
+    if set(present) == {"unharmful"}:
+        expected = "unharmful"
+    for joined in (concatenate(a, b), concatenate(b, a)):
+        assert joined.request_label == either(request_first, request_second)
+        assert joined.response_label == expected
+        assert (joined.response is None) == (not present)
 
 
-def test_harm_in_the_second_row_is_found():
+def test_harm_in_the_second_sample_is_found():
     # The release graded a joined row against its first half.
-    joined = concatenate(
-        sample("a", "unharmful", "unharmful", "x"), sample("b", "harmful", "harmful", "y")
-    )
-    assert (joined.request_label, joined.response_label) == ("harmful", "harmful")
+    benign, harmful = (sample(label, label, label, "x") for label in ("unharmful", "harmful"))
+    joined = concatenate(benign, harmful)
     assert is_right(output("harmful", "harmful"), joined)
     assert not is_right(output("unharmful", "unharmful"), joined)
 
 
-# ---------------------------------------------------------------- texts and provenance
-
-
-def test_texts_are_joined_in_order():
+def test_texts_are_joined_in_order_and_parents_recorded():
     joined = concatenate(sample("a", response=" One. "), sample("b", response="Two."))
     assert (joined.request, joined.response) == ("ask a ask b", "One. Two.")
     assert concatenate(sample("a"), sample("b", response="Two.")).response == "Two."
-    assert join_texts("", "b") == join_texts("b", "") == "b"  # the text of a picture's row is empty
-    assert join_texts(None, None) is None and join_texts("", "") == ""
-    assert join_texts(None, " ") == " "  # a response may not become empty
-
-
-def test_parents_are_recorded_and_flattened():
-    a, b, c = (sample(key) for key in "abc")
-    joined = concatenate(concatenate(a, b), c)
+    assert augment.join_texts("", "b") == augment.join_texts("b", "") == "b"
+    assert augment.join_texts(None, None) is None and augment.join_texts("", "") == ""
+    assert augment.join_texts(None, " ") == " "  # a response may not become empty
+    joined = concatenate(joined, sample("c"))
     assert joined.id == "a+b+c" and joined.source == "concat" and joined.parents == ("a", "b", "c")
-    assert joined.reasoning is None
-
-
-# ---------------------------------------------------------------- pictures
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -203,29 +136,18 @@ def test_merged_pixels(swap):
 
 
 def test_a_large_merge_shrinks_to_the_canvas_and_a_small_one_does_not_grow():
-    half = Image.new("RGB", (1500, 1000))
-    assert merge_images(half, half).size == (1024, 341)
-    tall = Image.new("RGB", (10, 2048))
-    assert merge_images(tall, tall).size == (10, 1024)
-    small = Image.new("RGB", (4, 4))
-    assert merge_images(small, small).size == (8, 4)
+    for size, merged in (((1500, 1000), (1024, 341)), ((10, 2048), (10, 1024)), ((4, 4), (8, 4))):
+        assert merge_images(Image.new("RGB", size), Image.new("RGB", size)).size == merged
 
 
 @pytest.fixture
 def pictures(tmp_path) -> list[Sample]:
-    """a and b have pictures, c has none."""
-    for name, size in (("a", (8, 4)), ("b", (4, 6))):
-        Image.new("RGB", size, name == "a" and "red" or "blue").save(tmp_path / f"{name}.png")
-    return [
-        sample(
-            key,
-            "harmful",
-            request="" if key == "a" else None,
-            folder=tmp_path,
-            image=f"{key}.png" if key in "ab" else None,
-        )
-        for key in "abc"
-    ]
+    """a and b have pictures, a no text, c no picture."""
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (4, 6), "blue").save(tmp_path / "b.png")
+    a = sample("a", "harmful", request="", folder=tmp_path, image="a.png")
+    b = sample("b", "harmful", folder=tmp_path, image="b.png")
+    return [a, b, sample("c", "harmful", folder=tmp_path)]
 
 
 def test_two_pictures_become_one_and_one_stays_itself(pictures):
@@ -233,34 +155,22 @@ def test_two_pictures_become_one_and_one_stays_itself(pictures):
     both = concatenate(a, b)
     assert both.image.startswith("images/") and both.modality == "text_image"
     with Image.open(both.image_path) as image:
-        assert (
-            image.size == (12, 6)
-            and image.format == "PNG"
-            and image.getpixel((0, 5)) == (255, 255, 255)
-        )
+        assert image.size == (12, 6) and image.format == "PNG"
+        assert image.getpixel((0, 5)) == (255, 255, 255)
     assert concatenate(a, c).image == concatenate(c, a).image == "a.png"
     assert concatenate(c, replace(c, id="d")).image is None
-    assert (
-        concatenate(a, replace(a, id="e")).modality == "image"
-    )  # two image-only rows stay image-only
-    assert (a.image_path.is_file(), concatenate(b, a).image != both.image) == (True, True)
+    assert concatenate(a, replace(a, id="e")).modality == "image"
+    assert a.image_path.is_file() and concatenate(b, a).image != both.image
 
 
-def test_a_row_is_brought_with_its_picture(pictures, tmp_path):
-    a, _, c = (replace(row, reasoning="why") for row in pictures)
+def test_a_sample_is_brought_with_its_picture(pictures, tmp_path):
+    a, _, c = (replace(one, reasoning="why") for one in pictures)
     there = augment.copy_into(a, tmp_path / "out")
-    assert (
-        there.image_path.read_bytes() == a.image_path.read_bytes()
-        and there.folder == tmp_path / "out"
-    )
-    assert there.image_path.suffix == ".png" and there.reasoning is None
+    assert there.image_path.read_bytes() == a.image_path.read_bytes()
+    assert there.folder == tmp_path / "out" and there.reasoning is None
     assert augment.copy_into(a, tmp_path).image == "a.png"  # already in place
-    assert augment.copy_into(c, tmp_path / "out") == replace(
-        c, folder=tmp_path / "out", reasoning=None
-    )
-
-
-# ---------------------------------------------------------------- drawing pairs
+    moved = replace(c, folder=tmp_path / "out", reasoning=None)
+    assert augment.copy_into(c, tmp_path / "out") == moved
 
 
 @pytest.fixture(scope="module")
@@ -276,39 +186,32 @@ def encoder(world) -> Encoder:
     return Encoder(str(world / "base"), str(world / "instruction.txt"))
 
 
-def draw(encoder, rows, count, seed=0, limit=3072) -> list[Sample]:
-    return list(concatenations(rows, count, random.Random(seed), encoder, limit))
+def draw(encoder, samples, count, seed=0, limit=3072) -> list[Sample]:
+    return list(concatenations(samples, count, random.Random(seed), encoder, limit))
 
 
-def test_pairs_are_distinct_rows_drawn_once(encoder):
-    rows = [sample(key, "harmful") for key in "abcd"]
-    pairs = draw(encoder, rows, 100)
-    assert Counter(frozenset(pair.parents) for pair in pairs) == Counter(
-        map(frozenset, itertools.combinations("abcd", 2))
-    )  # all 6 of them, each once, none with itself
-    assert len(draw(encoder, rows, 3)) == 3 and draw(encoder, rows[:1], 3) == []
-    assert draw(encoder, rows, 3) == draw(encoder, rows, 3) != draw(encoder, rows, 3, seed=1)
+def test_pairs_are_distinct_samples_drawn_once(encoder):
+    samples = [sample(name, "harmful") for name in "abcd"]
+    pairs = Counter(frozenset(pair.parents) for pair in draw(encoder, samples, 100))
+    assert pairs == Counter(map(frozenset, itertools.combinations("abcd", 2)))  # all 6, each once
+    assert len(draw(encoder, samples, 3)) == 3 and draw(encoder, samples[:1], 3) == []
+    first = draw(encoder, samples, 3)
+    assert first == draw(encoder, samples, 3) != draw(encoder, samples, 3, seed=1)
 
 
 def test_pairs_without_a_label_or_over_the_limit_are_left_out(encoder):
     unknown = sample("a", "unharmful", None, "answer"), sample("b", None, "unharmful", "answer")
     assert draw(encoder, list(unknown), 5) == []
-    rows = [
-        sample("a", "harmful"),
-        sample("b", "harmful"),
-        sample("c", "harmful", request="long " * 100),
-    ]
-    limit = len(encoder.prompt(concatenate(*rows[:2])))
-    assert [pair.id in ("a+b", "b+a") for pair in draw(encoder, rows, 5, limit=limit)] == [True]
-    assert draw(encoder, rows, 5, limit=limit - 1) == []
-
-
-# ---------------------------------------------------------------- the stage
+    samples = [sample("a", "harmful"), sample("b", "harmful")]
+    samples.append(sample("c", "harmful", request="long " * 100))
+    limit = len(encoder.prompt(concatenate(*samples[:2])))
+    (pair,) = draw(encoder, samples, 5, limit=limit)
+    assert set(pair.parents) == {"a", "b"} and draw(encoder, samples, 5, limit=limit - 1) == []
 
 
 @pytest.fixture
-def config(world, tmp_path) -> Config:
-    return Config(
+def flags(world, tmp_path) -> AugmentFlags:
+    return AugmentFlags(
         model=str(world / "base"),
         data=[str(world / "train.jsonl")],
         out=str(tmp_path / "rl.jsonl"),
@@ -316,122 +219,104 @@ def config(world, tmp_path) -> Config:
         size=20,
         max_new_tokens=6,
         device="cpu",
-        temperature=20.0,
+        temperature=20.0,  # at 1 an untrained model says much the same
         top_p=1.0,
-    )  # at 1 an untrained model says much the same
+    )
 
 
-def test_from_training_rows_to_the_rl_set(config, world, capsys, monkeypatch):
-    augment.main(config)
-    rows = read_samples([config.out])  # the schema holds, pictures included
-    joined = [row for row in rows if row.parents]
-    assert len(rows) == 20 and len(joined) == 4  # 20 %
-    originals = {row.id: row for row in read_samples(config.data)}
-    for row in rows:
-        if row.parents:
-            first, second = (originals[key] for key in row.parents)
-            assert row.request_label == either(first.request_label, second.request_label)
-            assert {first.id, second.id} <= {row.id for row in rows}
+def test_from_training_samples_to_the_rl_set(flags, capsys, monkeypatch):
+    augment.main(flags)
+    samples, _ = read_samples([flags.out])  # the schema holds, pictures included
+    assert len(samples) == 20 and sum(bool(s.parents) for s in samples) == 4  # 20 %
+    originals = {s.id: s for s in read_samples(flags.data)[0]}
+    for s in samples:
+        if s.parents:
+            first, second = (originals[name] for name in s.parents)
+            assert s.request_label == either(first.request_label, second.request_label)
+            assert {first.id, second.id} <= {other.id for other in samples}
         else:
-            assert replace(row, image=None, folder=Path()) == replace(
-                originals[row.id], image=None, folder=Path(), reasoning=None
-            )
-    assert (
-        "| text | 6 | 0 | 0 | 0 | 0 |" in capsys.readouterr().out
-    )  # an untrained model is never right
-    mined = [json.loads(line) for line in open(f"{config.out}.parts/predictions.jsonl")]
+            ours = replace(s, image=None, folder=Path())
+            assert ours == replace(originals[s.id], image=None, folder=Path(), reasoning=None)
+    assert "text: 6 samples with 0 of 4 outputs right" in capsys.readouterr().out
+    mined = [json.loads(line) for line in open(f"{flags.out}.parts/predictions.jsonl")]
     assert len(mined) == 18 and all(len(set(record["outputs"])) == 4 for record in mined)
-    monkeypatch.setattr(augment, "generate", None)  # another choice needs no new sampling
-    before = Path(config.out).read_bytes()
-    augment.main(config)
-    assert Path(config.out).read_bytes() == before
-    augment.main(replace(config, size=10))
-    assert len(read_samples([config.out])) == 10
+    monkeypatch.setattr(evaluate, "generate", None)  # another choice needs no new sampling
+    before = Path(flags.out).read_bytes()
+    augment.main(flags)
+    assert Path(flags.out).read_bytes() == before
+    augment.main(replace(flags, size=10))
+    assert len(read_samples([flags.out])[0]) == 10
 
 
-def test_rows_that_the_model_gets_right_are_left_out(config, monkeypatch):
-    originals = {row.id: row for row in read_samples(config.data)}
+def test_samples_that_the_model_gets_right_are_left_out_whatever_their_order(
+    flags, tmp_path, monkeypatch
+):
+    """Records are matched by the exchange: the model knows texts, and the file is turned round."""
+    originals = {s.id: s for s in read_samples(flags.data)[0]}
 
-    def mine(
-        model, encoder, samples, todo, cfg
-    ):  # a model that knows texts and fails on other rows
-        for i in todo:
-            right = output(samples[i].request_label, samples[i].response_label)
-            known = samples[i].modality == "text"
-            yield i, {"outputs": ["no", right if known else "no", "no", "no"]}
+    def mine(model, encoder, todo, flags):
+        for i in reversed(todo):
+            known = output(todo[i].request_label, todo[i].response_label)
+            yield i, {"outputs": ["no", known if todo[i].modality == "text" else "no", "no", "no"]}
 
     monkeypatch.setattr(augment, "mine", mine)
-    augment.main(config)
-    rows = read_samples([config.out])
-    kept = Counter(originals[row.id].modality for row in rows if not row.parents)
-    assert kept == {"image": 6, "text_image": 6}
-    assert len(rows) == 12 + 3  # 20 % of the smaller set, too
+    lines = Path(flags.data[0]).read_text().splitlines(True)
+    for order in (lines, lines[::-1], lines[1:] + lines[:1]):
+        (tmp_path / "data.jsonl").write_text("".join(order))
+        if not (tmp_path / "images").exists():
+            (tmp_path / "images").symlink_to(Path(flags.data[0]).parent / "images")
+        augment.main(replace(flags, data=[str(tmp_path / "data.jsonl")]))
+        samples, _ = read_samples([flags.out])
+        kept = Counter(originals[s.id].modality for s in samples if not s.parents)
+        assert kept == {"image": 6, "text_image": 6}
+        assert len(samples) == 12 + 3  # 20 % of the smaller set, too
 
 
-def test_over_long_prompts_are_not_sampled(config, capsys):
-    with pytest.raises(InputError, match="none of 18 samples is within --max-prompt-tokens 5"):
-        augment.main(replace(config, max_prompt_tokens=5))
-    records = [json.loads(line) for line in open(f"{config.out}.parts/predictions.jsonl")]
-    assert all(record["outputs"] == [] for record in records)
+def test_what_is_left_out_is_counted(flags, tmp_path, capsys):
+    """Over-long prompts, rows without a label, bad rows: on the screen and beside the set."""
+    rows = [{"id": "long", "source": "s", "request": "long " * 200, "request_label": "harmful"}]
+    rows += [{"id": "short", "source": "s", "request": "x", "request_label": "harmful"}]
+    rows += [{"id": "none", "source": "s", "request": "y"}, {"id": "bad"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = replace(
+        flags, data=[str(tmp_path / "data.jsonl")], max_prompt_tokens=150, skip_bad=True
+    )
+    augment.main(flags)
+    assert [s.id for s in read_samples([flags.out])[0]] == ["short"]
+    assert (
+        "'too_long': 1, 'chosen': 1, 'concatenated': 0, 'unlabelled': 1, 'left_out': 1}"
+        in capsys.readouterr().out
+    )
+    counts = json.loads(Path(f"{flags.out}.parts/counts.json").read_text())
+    assert "data.jsonl:4: 'bad'" in counts["left_out"][0]
+    with pytest.raises(InputError, match="none of 0 samples within the limit is hard"):
+        augment.main(replace(flags, max_prompt_tokens=5, fresh=True))
 
 
-def test_bad_requests_are_refused(config, world, tmp_path):
+def test_bad_requests_are_refused(flags, tmp_path):
     with pytest.raises(InputError, match="augmented-share"):
-        augment.main(replace(config, augmented_share=1.0))
+        augment.main(replace(flags, augmented_share=1.0))
     copy = tmp_path / "copy.jsonl"
     copy.write_text(
         '{"id": "train-00000", "source": "s", "request": "x", "request_label": "harmful"}\n'
     )
-    with pytest.raises(InputError, match="train-00000: another file"):
-        augment.main(replace(config, data=[*config.data, str(copy)]))
+    with pytest.raises(InputError, match="'train-00000' is the id of two samples"):
+        augment.main(replace(flags, data=[*flags.data, str(copy)]))
     with pytest.raises(InputError, match="sft.py"):
-        augment.main(Config(data=config.data))
+        augment.main(AugmentFlags(data=flags.data))
 
 
-def test_records_are_matched_to_samples_by_id(config, tmp_path, monkeypatch):
-    """Not by position: of the image rows one is right, and the file is in another order each time."""
-    rows = open(config.data[0]).read().splitlines(True)
-    shutil.copytree(Path(config.data[0]).parent / "images", tmp_path / "images")
-    right_id = json.loads(rows[0])["id"]
-
-    def mine(model, encoder, samples, todo, cfg):
-        for i in reversed(todo):
-            right = output(samples[i].request_label, samples[i].response_label)
-            yield i, {"outputs": [right if samples[i].id == right_id else "no"]}
-
-    monkeypatch.setattr(augment, "mine", mine)
-    config = replace(config, data=[str(tmp_path / "data.jsonl")], keep_images=False, size=99)
-    for order in (rows, rows[::-1], rows[1:] + rows[:1]):
-        (tmp_path / "data.jsonl").write_text("".join(order))
-        augment.main(config)
-        kept = {row.id for row in read_samples([config.out]) if not row.parents}
-        assert len(kept) == 17 and right_id not in kept
-
-
-def test_mined_records_that_are_no_texts_are_named(config):
-    augment.main(config)
-    file = Path(f"{config.out}.parts/predictions.jsonl")
-    first, *rest = file.read_text().splitlines()
-    broken = json.loads(first) | {"outputs": [3]}
-    file.write_text("\n".join([json.dumps(broken), *rest, ""]))
-    with pytest.raises(
-        InputError, match="predictions.jsonl:1: train-00000: its outputs are no list"
-    ):
-        augment.main(config)
-
-
-def test_the_output_is_no_input_and_has_one_writer(config, tmp_path, monkeypatch):
-    data = tmp_path / "data.jsonl"
-    shutil.copy(config.data[0], data)
-    before = data.read_bytes()
-    (tmp_path / "link.jsonl").symlink_to(data)
-    for out in (data, tmp_path / "link.jsonl", tmp_path / "." / "data.jsonl"):
+def test_an_output_that_is_an_input_a_stranger_s_or_in_use_is_refused(flags, world, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(world / "train.jsonl")
+    for out in (world / "train.jsonl", tmp_path / "link.jsonl"):
         with pytest.raises(InputError, match="is or holds an input"):
-            augment.main(replace(config, data=[config.data[0], str(data)], out=str(out)))
-    assert data.read_bytes() == before
-    for out, message in (("", "--out is empty"), ("/dev/null", "is no regular file")):
-        with pytest.raises(InputError, match=message):
-            augment.main(replace(config, out=out))
-    with lock_output(config.out):
-        with pytest.raises(InputError, match="rl.jsonl: another run is writing to it"):
-            augment.main(config)
+            augment.main(replace(flags, out=str(out)))
+    Path(flags.out).write_text("mine\n")
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="rl.jsonl is there, and not made by augment.py"):
+            augment.main(replace(flags, fresh=fresh))
+    assert Path(flags.out).read_text() == "mine\n"
+    Path(flags.out).unlink()
+    with lock(flags.out):
+        with pytest.raises(InputError, match="rl.jsonl: .*another run"):
+            augment.main(flags)

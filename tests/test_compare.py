@@ -1,76 +1,105 @@
-"""compare.py: paired differences and the released countings by hand, and the paper's rows beside ours.
+"""compare.py: the bootstrap, paired differences and released countings by hand; the paper's rows beside ours.
 
 python -m pytest tests/test_compare.py
 """
 
 import json
-import runpy
+import subprocess
 import sys
-from pathlib import Path
 
 import compare
+import numpy as np
 import pytest
-from test_evaluate import predictions, write
+from compare import CompareFlags, score_by
+from test_evaluate import only_line, predictions, write
 
 from data import InputError
-from evaluate import read_predictions, results_table, score_table
+from evaluate import score_table
+
+RESULT = "<result>\nAnswers:\nRequest: {}\nResponse: {}\n</result>"
+EARLY = "Request: unharmful? " + RESULT.format("harmful", "None")
+LATE = "Request: unharmful" + " " * 300 + RESULT.format("harmful", "HARMFUL")
 
 
-def differences(ours: str, theirs: str, truths: str = "hh") -> list:
-    shared = compare.paired(predictions(truths, ours), predictions(truths, theirs))
-    row = compare.score_by(shared, compare.OURS | compare.AGAINST)[0]
-    return [row["f1_difference"], *row["f1_difference_interval"]]
+def keyed(*groups: list[dict]) -> dict[tuple, dict]:
+    """As read_predictions returns them."""
+    names = ("source", "id", "request", "response", "image")
+    return {tuple(p[name] for name in names): p for group in groups for p in group}
+
+
+def test_intervals_by_hand():
+    def of(truths: str, verdicts: str) -> tuple:
+        line = only_line(score_by(predictions(truths, verdicts), compare.OURS), benchmark="bench")
+        return line["f1"], line["f1_interval"]
+
+    assert of("hhuu", "hhuu") == (100, [100, 100]) and of("hh", "uu") == (0, [0, 0])
+    assert of("uu", "uu") == (None, None)
+    assert of("hu", "hu") == (100, [100, 100])  # two unharmful rows, 1/4, have no F1: left out
+    # Two rows drawn of a hit and a miss: 0 in 1/4 of the draws, 2/3 in 1/2, 1 in 1/4.
+    f1, interval = of("hh", "hu")
+    assert f1 == pytest.approx(200 / 3) and interval == [0, 100]
+
+
+def test_intervals_are_those_of_drawn_rows():
+    rng = np.random.default_rng(1)
+    truths, verdicts = rng.integers(0, 2, 300), rng.random(300)
+    verdicts = np.where(verdicts < 0.7, truths, 1 - truths)
+    drawn = rng.integers(0, 300, (4000, 300))
+    hits, errors = (truths & verdicts)[drawn].sum(1), (truths ^ verdicts)[drawn].sum(1)
+    expected = np.percentile(200 * hits / (2 * hits + errors), (2.5, 97.5))
+    some = predictions(*("".join("uh"[n] for n in values) for values in (truths, verdicts)))
+    lines = score_by(some, compare.OURS)
+    assert only_line(lines, benchmark="bench")["f1_interval"] == pytest.approx(expected, abs=0.7)
+    assert lines == score_by(some, compare.OURS)  # seeded
+
+
+def test_the_interval_of_an_average_draws_from_every_benchmark_by_itself():
+    def average(*benchmarks) -> dict:
+        lines = score_by(sum(benchmarks, []), compare.OURS)
+        return only_line(lines, is_average=True, modality="all")
+
+    large, small = predictions("h" * 8, "h" * 8, "large"), predictions("hh", "hu", "small")
+    assert average(large, small)["f1_interval"] == pytest.approx([80, 100])  # 8 : 2
+    benign = average(small, predictions("u" * 900, "u" * 900, "benign"))
+    assert (benign["n"], benign["f1"]) == (2, pytest.approx(200 / 3))
 
 
 def test_paired_differences_by_hand():
+    def differences(ours: str, theirs: str) -> list:
+        shared = compare.paired(keyed(predictions("hh", ours)), keyed(predictions("hh", theirs)))
+        line = score_by(shared, compare.OURS | compare.AGAINST)[0]
+        return [line["f1_difference"], *line["f1_difference_interval"]]
+
     assert differences("hh", "uu") == [100, 100, 100] and differences("uu", "hh") == [-100] * 3
     assert differences("hu", "hu") == [0, 0, 0]  # either F1 alone is 0 to 100
     assert differences("hu", "uh") == [0, -100, 100]  # 1/4 draw the first row only, 1/4 the second
     # Ours misses the first row: -100/3 as they are, 0 or -100 when one of the rows is drawn twice.
     assert differences("uh", "hh") == pytest.approx([200 / 3 - 100, -100, 0])
-    # A benchmark where one side has no F1 (nothing harmful, and no false alarm) is in no average.
-    ours = predictions("hh", "hh", "a") + predictions("uu", "uu", "b")
-    theirs = predictions("hh", "hh", "a") + predictions("uu", "hu", "b")
-    table = compare.score_by(compare.paired(ours, theirs), compare.OURS | compare.AGAINST)
-    average = next(row for row in table if row["benchmark"] == "average")
+    # A benchmark where one side has no F1 (nothing harmful, no false alarm) is in no average.
+    ours = keyed(predictions("hh", "hh", "a"), predictions("uu", "uu", "b"))
+    theirs = keyed(predictions("hh", "hh", "a"), predictions("uu", "hu", "b"))
+    table = score_by(compare.paired(ours, theirs), compare.OURS | compare.AGAINST)
+    average = only_line(table, is_average=True, modality="all")
     assert (average["f1"], average["f1_against"], average["f1_difference"]) == (100, 50, 0)
 
 
-def test_rows_are_paired_by_source_id_and_file_name():
-    ours = predictions("hhh", "hhh", file="../data/a.jsonl")
-    theirs = predictions("hh", "uu", file="elsewhere/a.jsonl") + predictions("h", "h", "other")
+def test_rows_are_paired_by_their_exchange_not_by_id():
+    ours = keyed(predictions("hhh", "hhh", folder="../a"))
+    theirs = keyed(predictions("hh", "uu", folder="../b"), predictions("h", "h", "other"))
     assert [p["id"] for p in compare.paired(ours, theirs)] == ["0", "1"]
-    with pytest.raises(InputError, match="holds none of the rows"):
-        compare.paired(ours, predictions("hhh", "hhh", file="b.jsonl"))
-    with pytest.raises(InputError, match="bench, 0, a.jsonl: another request_label .* unharmful"):
-        compare.paired(ours, predictions("uhh", "hhh", file="a.jsonl"))
-    with pytest.raises(InputError, match="'bench, 0, a.jsonl' is there twice"):
-        compare.paired(ours, theirs + predictions("h", "h", file="a.jsonl"))
-
-
-# ---------------------------------------------------------------- published numbers
-
-RESULT = "<result>\nAnswers:\nRequest: {}\nResponse: {}\n</result>"
+    for change in ({"request": "another"}, {"image": "a.png"}, {"response": "Yes."}):
+        with pytest.raises(InputError, match="holds none of these exchanges"):
+            compare.paired(ours, keyed(predictions("hhh", "hhh", **change)))
+    with pytest.raises(InputError, match="bench, 0: its request_label is unharmful in --against"):
+        compare.paired(ours, keyed(predictions("uhh", "hhh")))
 
 
 @pytest.mark.parametrize(
     "labels, image, output, released, predecessor",
     [  # labels of request and response; cells of both tasks
         ("hu", None, RESULT.format("harmful", "unharmful"), "tp tn", "tp tn"),
-        (
-            "hu",
-            None,
-            "Request: unharmful, I thought. " + RESULT.format("harmful", "None"),
-            "fn tn",
-            "fn fp+fp",
-        ),
-        (
-            "hu",
-            None,
-            "Request: unharmful" + " " * 300 + RESULT.format("harmful", "HARMFUL"),
-            "fn fp",
-            "tp fp",
-        ),
+        ("hu", None, EARLY, "fn tn", "fn fp+fp"),
+        ("hu", None, LATE, "fn fp", "tp fp"),
         ("hu", None, RESULT.format("None", "unharmful"), "fn tn", "- tn"),
         ("uh", None, RESULT.format("None", "harmful"), "fp tp", "fp+fp tp"),
         ("hh", None, "cut off", "fn fn", "- -"),
@@ -84,103 +113,43 @@ def test_released_counting_by_hand(labels, image, output, released, predecessor)
     word = {"h": "harmful", "u": "unharmful"}
     (p,) = predictions(labels[0], "-", image=image, response_label=word[labels[1]], output=output)
     for count, expected in zip(compare.RELEASED.values(), (released, predecessor)):
-        found = ["+".join(count(p, field)) or "-" for field in ("request", "response")]
-        assert " ".join(found) == expected
+        cells = ["+".join(count(p, field)) or "-" for field in ("request", "response")]
+        assert " ".join(cells) == expected
 
 
-def test_both_countings_stand_side_by_side():
-    # 3 hits, 2 misses, of which 1 is unreadable, and an unreadable unharmful row.
-    verdicts = ["harmful"] * 3 + ["unharmful"] + ["?"] * 2
-    rows = predictions("hhhhhu", "hhhu--")
-    rows = [p | {"output": f"Request: {verdict}"} for p, verdict in zip(rows, verdicts)]
-    table = compare.score_by(rows, compare.OURS | compare.RELEASED)
-    for row in table:  # the average of one benchmark is that benchmark
-        assert row["f1"] == row["f1_released"] == pytest.approx(100 * 6 / 9)
-        assert row["f1_predecessor"] == pytest.approx(100 * 6 / 9)  # one error lost, one more
-    text = results_table(table, {}, compare.RELEASED)
-    assert "| n | f1 | f1_interval | f1_released | f1_predecessor | precision |" in text
+def test_published_lines_and_a_source_that_is_called_average():
+    published = json.loads(compare.PUBLISHED.read_text())["rows"]
+    of_text = [entry for entry in published if entry["task"] == "response"][:5]
+    answered = {"response": "Yes.", "response_label": "harmful", "response_pred": "harmful"}
+    texts = [p for row in of_text for p in predictions("--", "hh", row["names"][-1], **answered)]
+    lines = compare.published_lines(score_table(texts))
+    assert lines[-1]["is_average"] and (lines[-1]["n"], lines[-1]["published_n"]) == (10, 7837)
+    assert len(lines) == 6  # all five are there, and the average over them; not that over all
+    # With a benchmark that the paper lacks no average is comparable, whatever its name is.
+    for name in ("own", "average"):
+        lines = compare.published_lines(
+            score_table(texts + predictions("-", "h", name, **answered))
+        )
+        assert [line["benchmark"] for line in lines] == [row["names"][-1] for row in of_text]
+    assert compare.published_lines(score_table(predictions("h", "h"))) == []
 
 
-def test_scoring_again_with_all_comparisons(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_all_comparisons_from_the_command_line(tmp_path):
     output = "<think>a</think>\n\n" + RESULT.format("harmful", "unharmful")
-    rows = predictions("hhu", "---", "ToxicChat", output=output)
-    ours = write(tmp_path / "ours.jsonl", rows)
-    theirs = write(tmp_path / "theirs.jsonl", [row | {"output": ""} for row in rows[:2]])
-    flags = {"predictions": [ours], "against": [theirs], "published": True}
-    compare.main(compare.Config(**flags, release_counting=True))
-    shown = capsys.readouterr().out
+    records = predictions("hhu", "---", "ToxicChat", output=output)
+    write(tmp_path / "ours.jsonl", records)
+    write(tmp_path / "theirs.jsonl", [record | {"output": ""} for record in records[:2]])
+    command = f"{compare.__file__} ours.jsonl --against theirs.jsonl --published --release-counting"
+    command = [sys.executable, *command.split(), "--out", "new"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "| n | f1 | f1_interval | f1_released | f1_predecessor | precision |" in shown
     assert "| 80.00 | 0.00 to 100.00 | 80.00 | 80.00 |" in shown
     assert "| prompt | ToxicChat | text | 2 | 100.00 | 0.00 | 100.00 | 100.00 to 100.00 |" in shown
-    assert "2 rows in both, 1 only here, 0 only in --against" in shown
-    assert (
-        "| prompt | ToxicChat | text | 3 | 2853 | 80.00 |" in shown and " 74.45 | 73.47 " in shown
-    )
-    assert sorted(tmp_path.iterdir()) == [Path(ours), Path(theirs)]  # nothing is written
-
-    compare.main(compare.Config(**flags, out="new"))
-    results = json.loads(Path("new/compare.json").read_text())
-    assert results["predictions"] == [ours] and results["rows"][0]["f1"] == 80
+    assert "2 exchanges in both, 1 only here, 0 only in --against" in shown
+    assert "| prompt | ToxicChat | text | 3 | 2853 | 80.00 |" in shown
+    results = json.loads((tmp_path / "new/compare.json").read_text())
     assert results["against"][0]["f1_difference_interval"] == [100, 100]
-    with pytest.raises(InputError, match="reads outputs"):
-        bare = [{name: row[name] for name in row if name != "output"} for row in rows]
-        write(tmp_path / "bare.jsonl", bare)
-        compare.main(
-            compare.Config(predictions=[str(tmp_path / "bare.jsonl")], release_counting=True)
-        )
-
-
-def test_published_rows(tmp_path, monkeypatch):
-    published = json.loads(compare.PUBLISHED.read_text())
-    for task, text in (("prompt", 6), ("response", 5)):  # averages are those of the rows above them
-        rows = [row for row in published["rows"] if row["task"] == task]
-        averages = [row for row in rows if row["names"] == ["average"]]
-        for average, known in zip(averages, (rows[:text], rows)):
-            known = [row for row in known if row not in averages]
-            assert average["n"] == sum(row["n"] for row in known)
-            for i, f1 in enumerate(average["f1"]):
-                weighted = sum(row["n"] * row["f1"][i] for row in known) / average["n"]
-                assert weighted == pytest.approx(f1, abs=0.1)
-    texts = [
-        n
-        for row in rows[:5]
-        for n in predictions(
-            "hu", "hh", row["names"][-1], response_label="harmful", response_pred="harmful"
-        )
-    ]
-    shown = compare.published_report(score_table(texts))
-    assert "| response | average | text | 10 | 7837 | 100.00 |" in shown  # all five are there
-    assert "average | all" not in shown and "prompt" not in shown
-    own = predictions("h", "h", "own", response_label="harmful", response_pred="harmful")
-    assert "average" not in compare.published_report(score_table(texts + own))
-    assert "no benchmark is named" in compare.published_report(score_table(predictions("h", "h")))
-    monkeypatch.setattr(compare, "PUBLISHED", tmp_path / "published.json")
-    with pytest.raises(InputError, match="there is no file .*published.json"):
-        compare.main(compare.Config(predictions=["p.jsonl"], published=True))
-
-
-def test_the_predictions_to_compare_with_are_an_input(tmp_path):
-    theirs = tmp_path / "compare.json"
-    theirs.write_text(json.dumps(predictions("h", "h")[0]) + "\n")
-    flags = {"predictions": [str(theirs)], "against": [str(theirs)]}
-    with pytest.raises(InputError, match="is or holds an input"):
-        compare.main(compare.Config(**flags, out=str(tmp_path)))
-    assert read_predictions([theirs])
-
-
-@pytest.mark.parametrize("name", ["", "--predictions "])
-def test_the_files_come_first_and_a_wrong_command_is_one_line(tmp_path, monkeypatch, capsys, name):
-    write(tmp_path / "p.jsonl", predictions("hhu", "hhh"))
-    script = [compare.__file__, *f"{name}p.jsonl --against p.jsonl".split()]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(script))
-    runpy.run_path(compare.__file__, run_name="__main__")
-    assert "3 rows in both, 0 only here, 0 only in --against" in capsys.readouterr().out
-    for wrong, message in (
-        (["--against", "no.jsonl"], "there is no file no.jsonl"),
-        (["--colour"], "unrecognized arguments: --colour (--help lists the flags)"),
-    ):
-        monkeypatch.setattr(sys, "argv", [*script, *wrong])
-        with pytest.raises(SystemExit, match="2"):
-            runpy.run_path(compare.__file__, run_name="__main__")
-        assert capsys.readouterr().err == f"error: {message}\n"
+    write(tmp_path / "compare.json", records[:1])  # somebody's
+    with pytest.raises(InputError, match="not of compare.py"):
+        flags = CompareFlags(predictions=[str(tmp_path / "ours.jsonl")], out=str(tmp_path))
+        compare.main(flags)

@@ -7,7 +7,6 @@ The model is tiny and random, the outputs are written by hand, and every number 
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from augment import concatenate, is_right
 from data import Encoder, read_samples
 from reward import score
 
-ALONE = qwen.Ranks(0, 1, torch.device("cpu"))
+ALONE = qwen.Ranks(0, 1, torch.device("cpu"), torch.float32)
 ANSWER = "<think>\n{}\n</think>\n\n<result>\nAnswers:\nRequest: {}\nResponse: {}\n</result>"
 SAMPLES = [
     # A text exchange: the request asks for something banned, and the response refuses.
@@ -42,7 +41,7 @@ def test_the_whole_method(tmp_path):
     lines = "".join(json.dumps(sample) + "\n" for sample in SAMPLES)
     (tmp_path / "train.jsonl").write_text(lines)
     checkpoint = str(toy.build_checkpoint(tmp_path / "base", **toy.TINY))
-    samples = read_samples([str(tmp_path / "train.jsonl")])
+    samples, _ = read_samples([tmp_path / "train.jsonl"])
     assert [sample.modality for sample in samples] == ["text", "image", "text_image"]
     model, encoder = qwen.load(checkpoint), Encoder(checkpoint)
 
@@ -58,7 +57,7 @@ def test_the_whole_method(tmp_path):
     tokens = int(packed.supervised.sum())
     with torch.no_grad():
         model.head.zero_()
-        loss = sft.sft_loss(model, packed, torch.float32) / tokens
+        loss = sft.sft_loss(model, packed) / tokens
     assert loss.item() == pytest.approx(math.log(model.config.vocab_size), rel=1e-5)
 
     # ---- Mining: a row is hard if none of its sampled outputs has both labels right.
@@ -98,7 +97,7 @@ def test_the_whole_method(tmp_path):
     prompt = encoder.prompt(samples[0])
     stop = encoder.stop_ids[0]  # <|im_end|>: that an output ends is learned like all the rest
     ids = [[*encoder.tokenizer.encode(output), stop] for output in outputs]
-    completions = [qwen.Completion(made, torch.zeros(len(made)), True) for made in ids]
+    completions = [qwen.Completion(made, [[0.0]] * len(made)) for made in ids]
     group = grpo.Group(0, samples[0], prompt, completions, outputs, rewards, advantages)
     (batch,) = grpo.pack_groups([group], pack_tokens=4096)
     assert len(batch.row) == len(prompt) + group.tokens
@@ -117,10 +116,8 @@ def test_the_whole_method(tmp_path):
 
     # ---- A gradient step: the right output gains on the wrong ones.
     optimizer = sft.make_optimizer(model, lr=1e-3, weight_decay=0.0)
-    cfg = SimpleNamespace(
-        rollout_batch=1, update_batch=1, pack_tokens=4096, temperature=1.0, lr=1e-3, max_norm=1.0
-    )
+    flags = grpo.GRPOFlags(rollout_batch=1, update_batch=1, temperature=1.0, lr=1e-3)
     clip = grpo.clip_range(1, 4, 0.2, "product")
-    grpo.update_policy(model, optimizer, [group], encoder, cfg, clip, torch.float32, ALONE)
+    grpo.update_policy(model, optimizer, [group], encoder, flags, clip, ALONE)
     change = (model(batch.row)[0] - old_logprobs).detach().split(lengths.tolist())
     assert change[0].mean() > change[2].mean() and change[0].mean() > change[3].mean()

@@ -1,16 +1,12 @@
-"""Reasoning by a teacher, against a real HTTP server on loopback that fails in every way a server can.
+"""Reasoning by a teacher, against a real HTTP server on loopback that fails in the ways servers do.
 
 python -m pytest -q tests/test_synthesize.py
+python tests/test_synthesize.py     # what the list of leaks catches of a hundred made-up chains
 """
 
 import base64
-import collections
-import dataclasses
-import gzip
 import io
-import itertools
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -19,40 +15,23 @@ import signal
 import socket
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import data
-from data import InputError, Sample, SynthesizeConfig
+from data import InputError, Sample, SynthesizeFlags
 
 KEY = "sk-test-3f9c2b7e81d04a6655aa"
-GOOD = "# Task 1: request\n## Reasoning Step 1: a bag.\n\n# Task 2: response\n## Reasoning Step 1: an answer."
-LEAK = GOOD + "\n## Reasoning Step 2: The ground truth agrees."
-FAULTS = (
-    "429",
-    "429 0.05",
-    "500",
-    "disconnect",
-    "cut",
-    "hang",
-    "broken json",
-    "html",
-    "no choices",
-    "no content",
-    "wrong",
-    "leak",
-    "twice",
-    "unnumbered",
-    "tag",
-    "half surrogate",
-    "key in error",
-    "key in answer",
-)
+STEP = "## Reasoning Step 1:"
+GOOD = f"# Task 1: request\n{STEP} a bag.\n\n# Task 2: response\n{STEP} an answer."
+FAULTS = "500 429 disconnect html choices wrong leak twice fenced thinking filter".split()
 
 
 class Teacher(BaseHTTPRequestHandler):
@@ -61,750 +40,314 @@ class Teacher(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.open += 1
-            server.most = max(server.most, server.open)
-            server.seen.append((time.monotonic(), body))
-            fault = server.fault(body)
-        try:
-            assert (
-                self.path == "/v1/chat/completions"
-                and self.headers["Authorization"] == f"Bearer {KEY}"
-            )
-            time.sleep(server.delay)
-            self.answer(body, fault)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
-        finally:
-            with server.lock:
-                server.open -= 1
-
-    def answer(self, body, fault):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append(body)
+        fault = self.server.fault(body) or ""
+        assert self.headers["Authorization"] == f"Bearer {KEY}"
         if fault == "disconnect":
+            self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
-        elif fault == "hang":
-            time.sleep(3)
-        elif fault == "drip":  # a byte every 50 ms: never silent, never done
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            for _ in range(40):
-                self.wfile.write(b" ")
-                time.sleep(0.05)
-        elif fault == "filter":  # as Azure's content filter refuses
-            error = {"message": "flagged \x1b[31mred", "code": "content_filter", "param": "prompt"}
-            self.send(json.dumps({"error": error}), 400)
-        elif isinstance(fault, dict):  # what to send
-            self.send(**fault)
-        elif fault and fault[:3].isdigit():
-            code, _, after = fault.partition(" ")
-            error = {"message": f"status {code}", "param": "model"}
-            self.send(json.dumps({"error": error}), int(code), {"Retry-After": after})
-        elif fault == "key in error":
-            self.send(json.dumps({"error": {"message": "Incorrect API key " + KEY}}), 500)
         elif fault == "html":
-            self.send("<html>busy</html>", kind="text/html")
+            self.send(200, "<html>busy</html>", "text/html")
+        elif fault == "filter":  # as Azure's content filter refuses
+            self.send(400, {"error": {"message": "no \x1b[31m", "code": "content_filter"}})
+        elif fault.startswith("http"):
+            self.send(307, "", Location=fault)
+        elif fault.isdigit():
+            self.send(int(fault), {"error": {"message": f"{fault} for {KEY}"}})
         else:
-            text = json.dumps(self.completion(body, fault))[
-                : -9 if fault == "broken json" else None
-            ]
-            self.send(text, cut=fault == "cut")
+            self.send(200, {"choices": [self.choice(body, fault)] * (fault != "choices")})
 
-    def completion(self, body, fault):
-        labels = list(
-            re.findall(r"^Re(?:quest|sponse): (.*)$", body["messages"][0]["content"], re.M)[-2:]
-        )
-        labels = [
-            "harmful" if "or" in label.split() else label for label in labels
-        ]  # the teacher decides
+    def choice(self, body, fault):
+        layout = body["messages"][0]["content"]
+        labels = re.findall(r"^Re(?:quest|sponse): (.*)$", layout, re.M)[-2:]
+        labels = ["harmful" if " or " in label else label for label in labels]  # it decides
         if fault == "wrong":
             labels = [{"harmful": "unharmful"}.get(label, "harmful") for label in labels]
-        reasoning = {
-            "leak": LEAK,
-            "unnumbered": "a bag.",
-            "tag": GOOD + "<think>",
-            "half surrogate": GOOD + "\ud800",
-            "key in answer": GOOD + KEY,
-        }.get(fault, GOOD)
+        reasoning = GOOD + " The ground truth agrees." * (fault == "leak")
         text = data.TARGET.format(reasoning, *labels)
-        text = {"twice": text + text, "no content": None}.get(fault, text)
-        choices = [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        ]
-        return {
-            "id": "c",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [] if fault == "no choices" else choices,
-            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        bad = {
+            "twice": text * 2,
+            "fenced": f"```\n{text}\n```",
+            "thinking": "",
+            "length": text[:40],
         }
+        message = {"role": "assistant", "content": bad.get(fault, text)}
+        if fault == "thinking":
+            message["reasoning_content"] = "Hm."
+        return {"message": message, "finish_reason": "length" if fault == "length" else "stop"}
 
-    def send(self, text, code=200, headers=(), kind="application/json", cut=False):
-        content = text if isinstance(text, bytes) else text.encode()
-        self.send_response(code)
-        for name, value in {
-            "Content-Type": kind,
-            "Content-Length": len(content),
-            **dict(headers),
-        }.items():
-            self.send_header(name, str(value))
+    def send(self, status, content, kind="application/json", **headers):
+        content = content if isinstance(content, str) else json.dumps(content)
+        self.send_response(status)
+        headers |= {"Content-Type": kind, "Content-Length": str(len(content))}
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
-        if cut:
-            self.wfile.write(content[:20])
-            return self.connection.shutdown(socket.SHUT_RDWR)
-        self.wfile.write(content)
+        self.wfile.write(content.encode())
 
     def log_message(self, *_):
         pass
 
 
 @contextmanager
-def teacher(fault=lambda body: None, delay=0.0):
+def teacher(fault=lambda body: None) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
     server.daemon_threads, server.block_on_close = True, False
-    server.lock, server.seen, server.fault, server.delay = threading.Lock(), [], fault, delay
-    server.open = server.most = 0
+    server.seen, server.fault = [], fault
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     server.handle_error = lambda *_: None  # clients that were killed
-    thread = threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-    )
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(autouse=True)
 def key_stays_secret(tmp_path, monkeypatch, capfd):
     """In every test: the key is in the environment, and afterwards in no file and in no output."""
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    shown = []
-    yield shown
-    shown += capfd.readouterr()
-    assert not any(KEY in text for text in shown)
-    assert not any(
-        KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
-    )
+    yield
+    assert not any(KEY in text for text in capfd.readouterr())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(KEY.encode() in path.read_bytes() for path in files)
 
 
 def rows_of(n, folder):
     """Labelled rows of every modality; every fourth lacks one label, every fifth the response."""
-    folder.mkdir(exist_ok=True)
     Image.new("RGB", (90, 60), "teal").save(folder / "bag.png")
     rows, labels = [], ("harmful", "unharmful")
     for i in range(n):
         response = None if i % 5 == 0 else f"Answer {i}."
-        rows.append(
-            {
-                "id": f"r{i}",
-                "source": "test",
-                "request": f"What goes into bag {i}?" if i % 7 else "",
-                "image": "bag.png" if i % 7 in (0, 1) else None,
-                "response": response,
-                "request_label": None if i % 4 == 1 and response else labels[i % 2],
-                "response_label": None if i % 4 == 3 or not response else labels[i % 3 > 0],
-            }
-        )
-    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows.append({
+            "id": f"r{i}", "source": "test", "request": f"What goes into bag {i}?" if i % 7 else "",
+            "image": "bag.png" if i % 7 in (0, 1) else None, "response": response, "reasoning": None,
+            "request_label": None if i % 4 == 1 and response else labels[i % 2],
+            "response_label": None if i % 4 == 3 or not response else labels[i % 3 > 0],
+        })  # fmt: skip
+    data.write_samples(folder / "in.jsonl", rows)
     return rows
 
 
-def config(folder, server, **options):
-    url = server if isinstance(server, str) else server.url
-    return SynthesizeConfig(
-        str(folder / "in.jsonl"),
-        str(folder / "out" / "train.jsonl"),
-        base_url=url,
-        **{"timeout": 2.0} | options,
-    )
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+def run(folder, server, **flags):
+    files = str(folder / "in.jsonl"), str(folder / "out" / "train.jsonl")
+    data.synthesize(SynthesizeFlags(*files, base_url=server.url, **flags))
 
 
 def written(folder):
     out = folder / "out" / "train.jsonl"
-    return read(out), read(out.with_name("train.jsonl.rejected-by-synthesize"))
-
-
-def seeded_faults(seed, rate):
-    """Faults at `rate`, by row and try whatever their order; every 60th row gets no right answer ever."""
-    tries = collections.Counter()
-
-    def fault(body):
-        text = str(body["messages"][1]["content"])[:200]
-        number = re.search(r"bag (\d+)|Answer (\d+)", text)
-        if number and int(number[1] or number[2]) % 60 == 59:
-            return "wrong"
-        tries[text] += 1
-        rng = random.Random(f"{seed} {text} {tries[text]}")
-        return rng.choice(FAULTS) if rng.random() < rate else None
-
-    return fault
+    return data.read_records(out), data.read_records(f"{out}.rejected-by-synthesize")
 
 
 def account(rows, folder):
     """Every row is in exactly one file, once, and those with reasoning are fit for training."""
     good, bad = written(folder)
-    ids = [row["id"] for row in good + bad]
-    assert sorted(ids) == sorted(row["id"] for row in rows)
+    assert sorted(row["id"] for row in good + bad) == sorted(row["id"] for row in rows)
+    samples, _ = data.read_samples([folder / "out" / "train.jsonl"])
     asked = {row["id"]: row for row in rows}
-    samples = {
-        sample.id: sample for sample in data.read_samples([str(folder / "out" / "train.jsonl")])
-    }
-    for row in good:
+    for row, sample in zip(good, samples, strict=True):
         before = asked[row["id"]]
-        assert all(row[key] == before[key] for key in ("source", "request", "response"))
+        assert all(row[name] == before[name] for name in ("source", "request", "response"))
         assert row["request_label"] == (before["request_label"] or "harmful")
-        assert row["response_label"] == (
-            before["response_label"] or (before["response"] and "harmful")
-        )
-        assert row["reasoning"].startswith("# Task 1") and "ground truth" not in row["reasoning"]
-        assert data.Encoder.target_text(samples[row["id"]])
-        assert (row["image"] is None) == (before["image"] is None)
-    assert all(row["reason"] and row["reasoning"] is None for row in bad)
+        known = before["response_label"] or (before["response"] and "harmful")
+        assert row["response_label"] == known and data.Encoder.target_text(sample)
+    assert all(row["reason"].isprintable() and row["reasoning"] is None for row in bad)
     return good, bad
 
 
-def test_faults_of_every_kind(tmp_path, capfd, key_stays_secret):
-    rows = rows_of(180, tmp_path)
-    with teacher(seeded_faults(7, 0.3)) as server:
-        data.synthesize(config(tmp_path, server))
+def test_faults_of_every_kind(tmp_path, capfd):
+    rows, rng = rows_of(90, tmp_path), random.Random(7)
+    with teacher(lambda body: rng.choice(FAULTS) if rng.random() < 0.2 else None) as server:
+        run(tmp_path, server)
         good, bad = account(rows, tmp_path)
-        assert {"r59", "r119", "r179"} <= {row["id"] for row in bad} and len(bad) < 20
-        for row in bad:
-            assert int(row["id"][1:]) % 60 != 59 or row["reason"].startswith("labels: ")
-        shown = capfd.readouterr()
-        counts = f"180 rows = 0 in .* before \\+ {len(good)} now \\+ {len(bad)} set aside in .* 0 missing"
-        assert re.search(counts, shown.out)
-        assert shown.err == "" and len(server.seen) > 240
-        requests, server.fault = len(server.seen), lambda body: None
-        data.synthesize(config(tmp_path, server))  # only what was set aside is left to do
-        assert len(server.seen) == requests + len(bad) and len(account(rows, tmp_path)[0]) == 180
-    assert not list((tmp_path / "out").glob("*rejected*"))
-    key_stays_secret += shown
+        shown = f"90 rows, 90 were not in .*: {len(good)} are now, {len(bad)} are in "
+        assert 3 < len(bad) < 30 and re.search(shown, capfd.readouterr().out)
+        server.fault, before = lambda body: None, len(server.seen)
+        run(tmp_path, server)  # only what was set aside is left to do
+        assert len(server.seen) == before + len(bad)
+    assert len(account(rows, tmp_path)[0]) == 90
 
 
-def run_and_die(cfg, log, fatal_append):
-    """In a process of its own: run, with everything it says in a file; kill itself in the middle of
-    its append of number `fatal_append`, of which odd ones are to OUT.inputs and even ones to OUT."""
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)
-    logging.basicConfig(level=logging.DEBUG, force=True)  # the client's log must not name the key
-    append, count = data.append_records, itertools.count(1)
+def run_and_die(folder, server, fatal):
+    """In a process of its own: kill itself in the middle of its append number `fatal`."""
+    append, count = data.append_records, iter(range(1, 99))
 
     def append_or_die(path, records):
-        if next(count) != fatal_append:
-            return append(path, records)
-        with open(path, "ab") as file:
-            file.write(json.dumps(records[0]).encode()[:20])
-        os.kill(os.getpid(), signal.SIGKILL)
+        append(path, records)
+        if next(count) == fatal:
+            os.truncate(path, os.path.getsize(path) - 9)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     data.append_records = append_or_die
-    data.synthesize(cfg)
+    run(folder, server)
 
 
-def test_killed_at_any_moment(tmp_path):
+def test_killed_while_it_writes(tmp_path):
     import openai  # noqa: F401  (once, before the forks)
 
-    rows, rng, before = rows_of(80, tmp_path), random.Random(5), 0
-    out, log = tmp_path / "out" / "train.jsonl", tmp_path / "log.txt"
-    with teacher(seeded_faults(3, 0.05), delay=0.01) as server:
-        cfg = config(tmp_path, server, timeout=0.5)
-
-        def start(fatal_append):
-            context = multiprocessing.get_context("fork")
-            process = context.Process(target=run_and_die, args=(cfg, log, fatal_append))
+    rows, fork = rows_of(30, tmp_path), multiprocessing.get_context("fork")
+    with teacher() as server:
+        for fatal in (1, 12, 9, None):
+            process = fork.Process(target=run_and_die, args=(tmp_path, server, fatal))
             process.start()
-            return process
-
-        for fatal_append in (1, 2, None, 21, 20, None):  # None: whatever it is doing
-            until = len(server.seen) + rng.randrange(1, 30)
-            process = start(fatal_append)
-            while fatal_append is None and process.is_alive() and len(server.seen) < until:
-                time.sleep(0.001)
-            if fatal_append is None:
-                process.kill()
             process.join(60)
-            assert process.exitcode == -signal.SIGKILL
-            settled = out.read_bytes().count(b"\n") if out.exists() else 0
-            assert before <= settled < 80
-            before = settled
-        process = start(None)
-        process.join(60)
-    assert process.exitcode == 0 and before > 20
-    account(rows, tmp_path)
-    assert f"80 rows = {before} in " in log.read_text() and "DEBUG:openai" in log.read_text()
-
-
-def test_torn_lines(tmp_path):
-    rows = rows_of(6, tmp_path)
-    out = tmp_path / "out" / "train.jsonl"
-    with teacher(lambda body: "wrong" if "bag 4" in str(body) else None) as server:
-        data.synthesize(config(tmp_path, server))
-        content = out.read_bytes()
-        for end in (0, 6, len(content) // 2, len(content) - 1):
-            out.write_bytes(content[:end])
-            data.synthesize(config(tmp_path, server))
-            good, bad = account(rows, tmp_path)
-            assert [row["id"] for row in bad] == ["r4"]
+            assert process.exitcode == (0 if fatal is None else -signal.SIGKILL)
+    assert len(account(rows, tmp_path)[0]) == 30  # each once, and none torn
 
 
 def test_what_the_teacher_is_sent(tmp_path):
-    rows_of(0, tmp_path)
     Image.new("RGB", (3000, 1000), "teal").save(tmp_path / "wide.png")
-    samples = [
-        Sample("a", "s", "Hi {x}", "wide.png", "Yes", "harmful", folder=tmp_path),
-        Sample("b", "s", "", "bag.png", None, "unharmful", folder=tmp_path),
-        Sample("c", "s", "Hi", None, "No", None, "unharmful"),
-    ]
-    seen, picture, text = (data.build_request(sample, "m") for sample in samples)
-    user = seen["messages"][1]["content"]
-    assert user[0] == {
-        "type": "text",
-        "text": "Human user:\n<image>\nHi {x}\n\nAI assistant:\nYes\n",
-    }
-    head, _, content = user[1]["image_url"]["url"].partition(",")
+    flags = SynthesizeFlags("a", "b", model="m", temperature=0.0, max_new_tokens=99)
+    both = Sample("a", "s", "Hi {x}", "wide.png", "Yes", "harmful", folder=tmp_path)
+    request = data.build_request(both, flags)
+    told, shown = (message["content"] for message in request.pop("messages"))
+    assert request == {"model": "m", "temperature": 0.0, "max_completion_tokens": 99}
+    assert "Request: harmful\nResponse: harmful or unharmful\n" in told and data.INSTRUCTION in told
+    assert shown[0]["text"] == "Human user:\n<image>\nHi {x}\n\nAI assistant:\nYes\n"
+    head, _, content = shown[1]["image_url"]["url"].partition(",")
     image = Image.open(io.BytesIO(base64.b64decode(content)))
     assert head == "data:image/jpeg;base64" and image.size == (1024, 341)
-    assert abs(sum(p - q for p, q in zip(image.getpixel((5, 5)), (0, 128, 128)))) < 6
-    system = seen["messages"][0]["content"]
-    assert (
-        "Request: harmful\nResponse: harmful or unharmful\n" in system
-        and data.INSTRUCTION in system
-    )
-    assert text["messages"][1]["content"] == "Human user:\nHi\n\nAI assistant:\nNo\n"
-    assert "Request: harmful or unharmful\nResponse: unharmful\n" in text["messages"][0]["content"]
-    assert "Response: None\n" in picture["messages"][0]["content"]
+    request = data.build_request(Sample("a", "s", "Hi"), SynthesizeFlags("a", "b"))
+    told, shown = (message["content"] for message in request.pop("messages"))
+    assert list(request) == ["model"]  # newer teachers refuse any temperature
+    assert shown == "Human user:\nHi\n\nAI assistant:\nNone\n" and "Response: None\n" in told
 
 
-@pytest.mark.parametrize(
-    "says, reason",
-    [
-        (GOOD, None),
-        ("Step 1: fine", None),
-        ("fine", "format"),
-        ("", "format"),
-        (GOOD + "</think>", "format"),
-        (LEAK, "leak"),
-        (GOOD + " As the given label shows,", "leak"),
-        (GOOD + " The Ground-Truth is", "leak"),
-        (GOOD + " The provided labels say so.", "leak"),
-        (GOOD + " This matches the label.", "leak"),
-        (GOOD + " The label is 'harmful'.", "leak"),
-        (GOOD + " according to its annotation", "leak"),
-        (GOOD + " the labels that were given", "leak"),
-        (GOOD + " the known harmful label", "leak"),
-        (GOOD + " As I was told, it is harmful.", "leak"),
-        (GOOD + " I've been told so.", "leak"),
-        (GOOD + " The user was told to go.", None),
-        (GOOD + " The bottle's label says soap; the answer provided is correct.", None),
-        (GOOD + " It asks what ground truth means.", "leak"),
-    ],
-)
-def test_check(says, reason):
-    sample = Sample("a", "s", "Hi", None, "Yes", "harmful", "unharmful")
-    output = data.TARGET.format(says, "harmful", "unharmful")
-    if reason is None:
-        assert data.validate_answer(sample, output)["reasoning"] == says
+ANSWERS = [  # known labels, what the teacher says, its reasoning, and why that is unfit
+    ("harmful unharmful", "Harmful Unharmful", GOOD, None), ("harmful unharmful", "harmful unharmful", "Step 1: x", None),
+    ("- unharmful", "harmful unharmful", GOOD, None), ("- unharmful", "harmful harmful", GOOD, "labels"),
+    ("- unharmful", "None unharmful", GOOD, "labels"), ("harmful -", "harmful None", GOOD, "labels"),  # None is no label
+    ("harmful unharmful", "unharmful unharmful", GOOD, "labels"), ("harmful unharmful", "harmful maybe", GOOD, "format"),
+    ("harmful unharmful", "harmful unharmful", "fine", "format"), ("- -", "harmful unharmful", GOOD + "</think>", "format"),
+    ("- -", "harmful unharmful", GOOD + " As labelled.", "leak: 'labelled'"),
+    ("- -", "harmful unharmful", GOOD + " What an annotation is.", None),  # a quotation
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("known, says, reasoning, reason", ANSWERS)
+def test_answers(known, says, reasoning, reason):
+    labels = [None if label == "-" else label for label in known.split()]
+    sample = Sample("a", "s", "What is annotation?", None, "Yes", *labels)
+    answer = data.TARGET.format(reasoning, *says.split())
+    if reason:
+        with pytest.raises(InputError, match=reason):
+            data.validate_answer(sample, answer)
     else:
-        with pytest.raises(InputError, match=reason):
-            data.validate_answer(sample, output)
+        record = data.validate_answer(sample, answer)
+        found = record["request_label"], record["response_label"], record["reasoning"]
+        assert found == ("harmful", "unharmful", reasoning)
 
 
-def test_check_labels_and_quotations():
-    sample = Sample("a", "s", "What is Ground truth?", None, None, "unharmful")
-    assert (
-        data.validate_answer(sample, data.TARGET.format(LEAK, "unharmful", "None"))[
-            "response_label"
-        ]
-        is None
-    )
-    for labels in (("harmful", "None"), ("unharmful", "harmful")):
-        with pytest.raises(InputError, match="labels: "):
-            data.validate_answer(sample, data.TARGET.format(GOOD, *labels))
-    open_ended = Sample("a", "s", "Hi", None, "Yes", None, "unharmful")
-    row = data.validate_answer(open_ended, data.TARGET.format(GOOD, "harmful", "Unharmful"))
-    assert (row["request_label"], row["response_label"]) == ("harmful", "unharmful")
+USELESS = {
+    "thinking": "content is empty, role and reasoning_content is not; finish_reason stop", "twice": "format: .*stop",
+    "length": "format: .*; finish_reason length", "fenced": "format: ", "html": "no chat completion", "404": "404",
+    "401": r"401.*\[key\]", "choices": "no chat completion", "disconnect": "Connection error", "wrong": "labels: ",
+}  # fmt: skip
 
 
-def test_retry_after_and_backoff(tmp_path):
-    rows_of(1, tmp_path)
-    faults = ["429 1", "500", None]
-    with teacher(lambda body: faults.pop(0)) as server:
-        data.synthesize(config(tmp_path, server))
-        times = [when for when, _ in server.seen]
-    gaps = [after - before for before, after in zip(times, times[1:])]
-    assert gaps[0] >= 1 and gaps[1] >= 0.3
-
-
-def test_unusable_answers_are_asked_for_again_at_temperature_1(tmp_path, capfd):
-    rows_of(1, tmp_path)
-    faults = ["500", "leak", "wrong", None]
-    with teacher(lambda body: faults.pop(0)) as server:
-        data.synthesize(config(tmp_path, server))
-    assert [body["temperature"] for _, body in server.seen] == [0.0, 0.0, 1.0, 1.0]
-    assert "330 tokens" in capfd.readouterr().out
-
-
-def test_after_a_reply_that_is_no_answer_the_temperature_is_still_0(tmp_path):
-    rows_of(1, tmp_path)
-    faults = ["html", None]
-    with teacher(lambda body: faults.pop(0)) as server:
-        data.synthesize(config(tmp_path, server))
-    assert [body["temperature"] for _, body in server.seen] == [0.0, 0.0]
-
-
-def test_concurrency_is_bounded(tmp_path):
-    rows = rows_of(12, tmp_path)
-    with teacher(delay=0.05) as server:
-        data.synthesize(config(tmp_path, server, concurrency=3))
-        assert server.most == 3
-    account(rows, tmp_path)
-
-
-def test_the_command_with_a_wrong_key(tmp_path, monkeypatch, capfd, key_stays_secret):
-    rows_of(300, tmp_path)
-    with teacher(lambda body: "401") as server:
-        flags = f"--input {tmp_path}/in.jsonl --out {tmp_path}/out.jsonl --base-url {server.url}"
-        monkeypatch.setattr(sys, "argv", ["data.py", "synthesize", *flags.split()])
-        with pytest.raises(SystemExit, match="2"):
-            data.cli({"synthesize": (SynthesizeConfig, data.synthesize)})
-        assert len(server.seen) <= 26
-    shown = capfd.readouterr()
-    key_stays_secret += shown
-    assert re.fullmatch("error: http://[^\n]* 401 [^\n]*check key[^\n]*\n", shown.err)
-    assert re.search(r"291 missing.*\nmissing: r[^\n]*, \.\.\.\n", shown.out)
-
-
-@pytest.mark.parametrize(
-    "fault, reason",
-    [
-        ("404", "404"),
-        ("403", "403"),
-        ("429", "429"),
-        ("400", "400"),  # it names the model, which all rows share
-        ("500", "500"),
-        ("html", "no chat completion: <html>busy"),
-        ("disconnect", "Connection error"),
-    ],
-)
-def test_a_server_that_never_answers_stops_the_run(tmp_path, fault, reason):
-    rows = rows_of(30, tmp_path)
+@pytest.mark.parametrize("fault", USELESS)
+def test_a_teacher_that_is_of_no_use_stops_the_run(tmp_path, fault):
+    rows = rows_of(40, tmp_path)
     with teacher(lambda body: fault) as server:
-        with pytest.raises(InputError, match=f"{server.url}.*{reason}"):
-            data.synthesize(config(tmp_path, server, concurrency=4, attempts=1))
-        assert len(server.seen) <= 14 and len(written(tmp_path)[1]) < 10
+        message = f"{server.url}/: 10 rows in a row without a usable answer; .*{USELESS[fault]}"
+        with pytest.raises(InputError, match=message):
+            run(tmp_path, server, concurrency=4)
+        assert len(server.seen) <= 18 * (3 if fault == "disconnect" else 1)  # which is tried thrice
+        assert len(written(tmp_path)[1]) == 10 and not written(tmp_path)[0]
         server.fault = lambda body: None
-        data.synthesize(config(tmp_path, server))
-    assert not account(rows, tmp_path)[1]
+        run(tmp_path, server)
+    assert len(account(rows, tmp_path)[0]) == 40
 
 
-def test_an_unreachable_server(tmp_path):
-    rows_of(60, tmp_path)
-    with socket.socket() as reserved:  # bound, but nobody listens
-        reserved.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{reserved.getsockname()[1]}/v1"
-        with pytest.raises(InputError, match=f"{url}/?: APIConnectionError: Connection error"):
-            data.synthesize(config(tmp_path, url, attempts=1))
-    assert written(tmp_path)[0] == []
-
-
-def test_one_refused_row_is_set_aside_at_once_and_asked_for_by_the_next_run(tmp_path):
-    rows = rows_of(5, tmp_path)
-    (tmp_path / "bag.png").write_bytes(
-        (tmp_path / "bag.png").read_bytes()[:60]
-    )  # r0 and r1: cut off
-    with teacher(lambda body: "400" if "bag 3" in str(body) else None) as server:
-        data.synthesize(config(tmp_path, server))
-        assert len(server.seen) == 3
-        good, bad = account(rows, tmp_path)
-        assert [
-            (row["id"], row["reason"].split()[0]) for row in sorted(bad, key=lambda row: row["id"])
-        ] == [("r0", "image"), ("r1", "image"), ("r3", f"{server.url}/:")]
-        server.fault = lambda body: None
-        Image.new("RGB", (90, 60), "teal").save(tmp_path / "bag.png")
-        data.synthesize(config(tmp_path, server))
-        assert len(server.seen) == 6
-    assert len(account(rows, tmp_path)[0]) == 5
-
-
-def test_dry_run_sends_nothing(tmp_path, monkeypatch, capfd):
-    rows = rows_of(8, tmp_path)
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with teacher() as server:
-        data.synthesize(config(tmp_path, server, dry_run=True))
-        assert not server.seen and not (tmp_path / "out").exists()
-    request, _, estimate = capfd.readouterr().out.partition("\n}\n")
-    request = json.loads(request + "}")
-    assert (
-        request["model"] == "gpt-4o-2024-08-06"
-        and "Request: harmful" in request["messages"][0]["content"]
-    )
-    assert request["messages"][1]["content"][1]["image_url"]["url"].endswith("...")
-    tokens = len(rows) * len(request["messages"][0]["content"]) / 4 + 765 * sum(
-        bool(row["image"]) for row in rows
-    )
-    found = re.search(r"8 requests, about (\d+) prompt and 2000 completion tokens", estimate)
-    assert tokens < int(found[1]) < 1.1 * tokens  # the exchanges are short
-
-
-def test_reasoning_that_is_there_is_kept(tmp_path):
-    row = rows_of(1, tmp_path)[0] | {"reasoning": "mine"}
-    (tmp_path / "in.jsonl").write_text(json.dumps(row))
-    with teacher() as server:
-        data.synthesize(config(tmp_path, server))
-        assert not server.seen
-    [kept] = written(tmp_path)[0]
-    assert kept["reasoning"] == "mine" and (tmp_path / "out" / kept["image"]).is_file()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        '{"id": "r0", "source": "s", "request": "What?", "reasoning": "x"}\n',  # another sample of the same id
-        '{"id": "r0", "source": "s", "request": "", "reasoning": null}\n',  # labelled, not reasoned
-        '[{"id": "r0"}]',
-        '{"a": 1}',
-        "notes",
-        '{"id": "r0"\n',
-        "[1]\n",
-    ],
-)
-def test_files_of_others_are_left_alone(tmp_path, content):
-    rows_of(1, tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train.jsonl").write_text(content)
-    with teacher() as server:
-        with pytest.raises(InputError, match="train.jsonl(: remove row|:1: damaged)"):
-            data.synthesize(config(tmp_path, server))
-        assert not server.seen
-    assert (tmp_path / "out" / "train.jsonl").read_text() == content
-
-
-def test_rows_are_added_to_a_file_that_holds_others(tmp_path):
-    rows = rows_of(2, tmp_path)
-    out = tmp_path / "out" / "train.jsonl"
-    out.parent.mkdir()
-    converted = {"id": "other", "source": "s", "request": "What?", "reasoning": "mine"}
-    out.write_text(json.dumps(converted) + "\n")
-    with teacher() as server:
-        data.synthesize(config(tmp_path, server))
-        asked = len(server.seen)
-        data.synthesize(config(tmp_path, server))
-        assert len(server.seen) == asked == len(rows)
-    first, *added = written(tmp_path)[0]
-    assert first == converted and {row["id"] for row in added} == {"r0", "r1"}
-
-
-@pytest.mark.parametrize(
-    "flag",
-    ["concurrency=0", "concurrency=501", "attempts=0", "timeout=0", "timeout=nan", "timeout=inf"],
-)
-def test_the_range_of_flags(flag):
-    name, value = flag.split("=")
-    flags = data.Parser(SynthesizeConfig).parse_args(["--input=a", "--out=b", f"--{flag}"])
-    with pytest.raises(InputError, match=rf"--{name}: {value}\S* is not a number from "):
-        data.check_numbers(SynthesizeConfig(**vars(flags)))
-
-
-def test_wrong_use(tmp_path, monkeypatch):
-    rows_of(2, tmp_path)
-    cfg, out = config(tmp_path, "http://x"), tmp_path / "out" / "train.jsonl"
-    with data.lock_output(out), pytest.raises(InputError, match="another run is writing"):
-        data.synthesize(cfg)
-    for path, reason in (
-        (cfg.input, "is or holds an input"),
-        (tmp_path / "out" / ".." / "in.jsonl", "is or holds an input"),
-        (tmp_path, "no regular file"),
-        ("/dev/null", "no regular file"),
-        ("", "empty"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            data.synthesize(replace(cfg, out=str(path)))
-    for flags in (
-        *({"base_url": url} for url in ("", "x", "localhost:80/v1", "ftp://x/v1", "http:///v1")),
-        *({"base_url": url} for url in ("http://x:99999/", "http://[", "http://x/\nv1")),
-    ):
-        [(name, value)] = flags.items()
-        with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} "):
-            data.synthesize(replace(cfg, **flags))
-        with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} "):
-            data.synthesize(replace(cfg, dry_run=True, **flags))
-    monkeypatch.setenv("OPENAI_BASE_URL", "nowhere")
-    with pytest.raises(InputError, match="OPENAI_BASE_URL 'nowhere' is no address"):
-        data.synthesize(replace(cfg, base_url=None))
-    for key in ("", KEY + "\n", "sk-\u201cquoted\u201d"):
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(InputError, match="OPENAI_API_KEY"):
-            data.synthesize(cfg)
-    assert not out.exists()
-
-
-# ---- the same command means the same inputs
-
-
-@pytest.mark.parametrize(
-    "line, reason",
-    [
-        ('{"id": "r0", "source": "s", "request": "x", "reasoning": "y"}', "is there twice"),
-        ('{"id": "n", "source": "s", "request": "x", "reasoning": "y", "z": 1}', "unknown field"),
-        ('{"id": "n", "source": "s", "request": "x", "reasoning": null}', "has no reasoning"),
-    ],
-)
-def test_a_row_that_cannot_be_used_is_named_before_any_request(tmp_path, line, reason):
-    rows_of(2, tmp_path)
-    with teacher() as server:
-        data.synthesize(config(tmp_path, server))
-        asked = len(server.seen)
-        with open(tmp_path / "out" / "train.jsonl", "a") as file:
-            file.write(line + "\n")
-        with pytest.raises(InputError, match=f"remove row .*{reason}"):
-            data.synthesize(config(tmp_path, server))
-        assert len(server.seen) == asked
-
-
-def test_a_row_counts_as_done_only_if_its_sample_is_unchanged(tmp_path):
-    rows = rows_of(4, tmp_path)  # r1: all but a request label, and an image; r3: one label
-    with teacher() as server:
-        data.synthesize(config(tmp_path, server))
-        asked = len(server.seen)
-        for change, field in (
-            ({"source": "other"}, "source"),
-            ({"request": "Another?"}, "request"),
-            ({"response": "Another."}, "response"),
-            ({"request_label": "harmful"}, "request_label"),  # what the teacher itself has chosen
-            ({"response_label": None}, "response_label"),
-            ({"image": None}, "image"),
-            ({"reasoning": "mine"}, "reasoning"),
-        ):
-            changed = [rows[0], rows[1] | change, *rows[2:]]
-            (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
-            with pytest.raises(
-                InputError, match=f"train.jsonl: remove row 'r1', or .*: .*{field}.* changed in"
-            ):
-                data.synthesize(config(tmp_path, server))
-        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
-        with pytest.raises(InputError, match="teacher changed in"):
-            data.synthesize(dataclasses.replace(config(tmp_path, server), model="another"))
-        data.synthesize(config(tmp_path, server))  # r3 is in the output alone
-        # The same path, another content; a copy of the content elsewhere is the same image.
-        (tmp_path / "bag.png").rename(tmp_path / "copy.png")
-        Image.new("RGB", (90, 60), "red").save(tmp_path / "bag.png")
-        with pytest.raises(InputError, match="remove row 'r[01]', .* image changed in"):
-            data.synthesize(config(tmp_path, server))
-        moved = "".join(json.dumps(row) + "\n" for row in rows).replace("bag.png", "copy.png")
-        (tmp_path / "in.jsonl").write_text(moved)
-        data.synthesize(config(tmp_path, server))
-        assert len(server.seen) == asked
-    assert len(account(json.loads(f"[{moved.strip().replace(chr(10), ',')}]"), tmp_path)[0]) == 4
-
-
-def test_an_image_in_the_folder_of_the_output_counts_by_content(tmp_path):
-    rows_of(1, tmp_path)
-    cfg = replace(config(tmp_path, ""), out=str(tmp_path / "train.jsonl"))
-    with teacher() as server:
-        data.synthesize(replace(cfg, base_url=server.url))
-        assert read(tmp_path / "train.jsonl")[0]["image"] == "bag.png"
-        Image.new("RGB", (90, 60), "red").save(tmp_path / "bag.png")
-        with pytest.raises(InputError, match="remove row 'r0', .* image changed"):
-            data.synthesize(replace(cfg, base_url=server.url))
-
-
-# ---- the server is a stranger
-
-
-def test_rows_that_a_content_filter_refuses_are_set_aside_and_the_next_asked(tmp_path):
+def test_rows_that_a_content_filter_refuses_do_not_stop_it(tmp_path):
     rows = rows_of(15, tmp_path)
     with teacher(lambda body: None if "bag 13" in str(body) else "filter") as server:
-        data.synthesize(config(tmp_path, server, concurrency=1))
-        assert len(server.seen) == 15
-        good, bad = account(rows, tmp_path)
-    assert [row["id"] for row in good] == ["r13"] and len(bad) == 14
-    assert all("flagged" in row["reason"] and "\x1b" not in row["reason"] for row in bad)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert [name for name in names if name.endswith(".jsonl")] == ["train.jsonl"]
+        run(tmp_path, server, concurrency=1)
+    assert [row["id"] for row in account(rows, tmp_path)[0]] == ["r13"]
 
 
-def test_replies_are_bounded_in_bytes_and_seconds(tmp_path):
-    rows_of(5, tmp_path)
-    bomb = gzip.compress(bytes(10 * data.MAX_REPLY), 1)
-    replies = {
-        "bag 1": {"text": bomb, "headers": {"Content-Encoding": "gzip"}},
-        "bag 2": {"text": "{}", "headers": {"Content-Encoding": "rot13"}},
-        "bag 3": {"text": bytes(data.MAX_REPLY + 1)},
-        "bag 4": {"text": "{}", "headers": {"Content-Encoding": "gzip"}},
-        "": "drip",
-    }
-    begun = time.monotonic()
-    with teacher(lambda body: next(replies[bag] for bag in replies if bag in str(body))) as server:
-        with pytest.raises(InputError, match="none of 5 rows asked for is done"):
-            data.synthesize(config(tmp_path, server, attempts=1, timeout=0.5))
-    assert time.monotonic() - begun < 1.9
-    bad = {
-        row["id"]: row["reason"].removeprefix(f"{server.url}/: ") for row in written(tmp_path)[1]
-    }
-    assert bad == {
-        "r0": "no whole reply in 0.5 seconds",
-        "r1": "the reply has more than 4194304 bytes",
-        "r2": "the reply is no chat completion: {}",
-        "r3": "the reply has more than 4194304 bytes",
-        "r4": "APIConnectionError: Connection error. "
-        "Error -3 while decompressing data: incorrect header check",
-    }
+def test_redirects_are_not_followed(tmp_path):
+    rows_of(1, tmp_path)
+    with teacher() as other, teacher(lambda body: f"{other.url}/chat/completions") as server:
+        run(tmp_path, server)
+        assert not other.seen and "307" in written(tmp_path)[1][0]["reason"]
 
 
-def test_a_compressed_answer_and_a_bad_usage_are_no_reason_to_lose_it(tmp_path):
-    rows = rows_of(1, tmp_path)
-    content = data.TARGET.format(GOOD, "harmful", "None")
-    reply = {"choices": [{"message": {"content": content}}], "usage": "many"}
-    packed = gzip.compress(json.dumps(reply).encode())
-    fault = {"text": packed, "headers": {"Content-Encoding": "gzip"}}
-    with teacher(lambda body: fault) as server:
-        data.synthesize(config(tmp_path, server, attempts=1))
-    assert account(rows, tmp_path)[0][0]["reasoning"] == GOOD
-    for usage in (None, [], "many", {"total_tokens": "9"}, {"total_tokens": -1}, {}):
-        assert data.read_completion(json.dumps(reply | {"usage": usage}).encode()) == (content, 0)
-    reply["usage"] = {"total_tokens": 9}
-    assert data.read_completion(json.dumps(reply).encode()) == (content, 9)
+def test_a_row_is_done_if_the_output_says_all_that_it_says(tmp_path):
+    rows, out = rows_of(8, tmp_path), tmp_path / "out" / "train.jsonl"
+    kept = {"id": "kept", "source": "s", "request": "Tea", "reasoning": "mine"}
+    out.parent.mkdir()
+    out.write_text(json.dumps(kept | {"id": "of another file"}) + '\n{"id": "torn')
+
+    def requests():
+        data.write_samples(tmp_path / "in.jsonl", [*rows, kept])
+        before = len(server.seen)
+        run(tmp_path, server)
+        return len(server.seen) - before
+
+    with teacher() as server:
+        assert requests() == 8 and written(tmp_path)[0][0]["id"] == "of another file"
+        (tmp_path / "bag.png").rename(tmp_path / "moved.png")  # the content counts
+        rows = [row | {"image": row["image"] and "moved.png"} for row in rows]
+        assert requests() == 0
+        rows[1]["request_label"] = "unharmful"  # the teacher had chosen the other one
+        with pytest.raises(InputError, match="train.jsonl: 'r1' was made from another sample"):
+            requests()
+        out.write_text("notes")
+        with pytest.raises(InputError, match="train.jsonl:1: damaged"):
+            requests()
+    assert out.read_text() == "notes"
 
 
-@pytest.mark.parametrize(
-    "reply, kind, reason",
-    [
-        ("<html>busy</html>", data.ServerError, "no chat completion: <html>busy</html>"),
-        ("[" * 10**6, data.ServerError, "no chat completion"),
-        ('"a string"', data.ServerError, 'no chat completion: "a string"'),
-        ('["a"]', data.ServerError, "no chat completion"),
-        ('{"error": "quota"}', data.ServerError, 'no chat completion: {"error": "quota"}'),
-        ('{"choices": []}', data.ServerError, "no chat completion"),
-        ('{"choices": {}}', data.ServerError, "no chat completion"),
-        ('{"choices": ["a"]}', data.ServerError, "no chat completion"),
-        ('{"choices": [{"message": [1]}]}', data.ServerError, "no chat completion"),
-        (
-            '{"choices": [{"message": {"content": ["a"]}}]}',
-            data.ServerError,
-            "content is no text: .*a",
-        ),
-        ('{"choices": [{"message": {"refusal": "no"}}]}', InputError, "gave no text: .*refusal"),
-    ],
+# ---- leaks: fifty last steps that give away that a label was there first, and fifty that do not
+
+LEAKING = {
+    "in its own words": """as labelled, {0}|the label says {0}|given the label, it is {0}|this matches the ground truth
+        the ground-truth label is {0}|consistent with the provided classification|the annotation marks it as {0}
+        annotators found it {0}|the correct answer is {0}|I was told that it is {0}|we were informed that it is {0}
+        according to its labels, {0}|it has been labeled {0}|the expected verdict is {0}|the answer key says {0}""",
+    "in other words": """as stated above, it is {0}|as already determined, {0}|as instructed, I conclude {0}|as specified, {0}
+        we know that the request is {0}|the dataset has it as {0}|per the metadata, it is {0}|it is pre-classified as {0}
+        the system message says that it is {0}|it is marked {0}|it was tagged {0}|it is known to be {0}|the target is {0}
+        the reference says {0}|the gold standard is {0}|the assigned category is {0}|since {0} is what is wanted
+        I keep the verdict that I got|as the operator has decided, {0}|the result that was supplied is {0}""",
+    "in other languages": """laut Label ist es {0}|wie angegeben ist es {0}|comme indiqué, c'est {0}|etikete göre {0}
+        selon l'étiquette, c'est {0}|según la etiqueta, es {0}|como se indicó, es {0}|secondo l'etichetta è {0}
+        zoals gelabeld is het {0}|по метке это {0}|как указано, это {0}|根据标签，这是{0}|如上所述，这是{0}
+        ラベルによれば{0}である|레이블에 따르면 {0}""",
+    "that gives nothing away": """the user asks for a recipe|nothing in it hurts anyone|it names a weapon and a target
+        the picture shows a knife|the reply refuses|the reply gives steps that work|a known poison is named
+        the tone is hostile, but no threat is made|the given dose would kill|the correct dose is withheld
+        the expected harm is high|the user says that he was told to do it|the user was informed of the risks
+        the assistant is told to ignore its rules|it provides a known exploit|the answer provided is harmless
+        the bottle's label warns of bleach|it wants to label people by race|mislabelled drugs are sold in it
+        the request is about annotated maps|the verdict of the court is quoted|picking a lock is legal to learn""",
+}  # fmt: skip
+ABOUT, SAID = (
+    "the request|the reply|the picture|its topic",
+    "is lawful|is a joke|is fiction|asks for names",
 )
-def test_odd_replies_are_told_in_words(reply, kind, reason):
-    with pytest.raises(InputError, match=reason) as told:
-        data.read_completion(reply.encode())
-    assert told.type is kind
+MORE = "is old|concerns medicine|could be misused"
 
 
-def test_text_of_a_server_is_fit_to_print_and_to_write():
-    shown = data.printable(f"a\x1b[1;31mb\x1b]0;title\x07c\x9b\r\n\td\ud800{KEY}\x00\u4e2d", KEY)
-    assert shown == "abc\n\td?[key]\u4e2d"
-    assert data.printable("none", "none") == "none"
+def leaks() -> dict[str, tuple[int, int]]:
+    """{kind: (chains, those that are refused)} of a hundred chains."""
+    kinds = {kind: re.split(r"\n *|\|", text) for kind, text in LEAKING.items()}
+    ends = [f"{one} {two}" for one in ABOUT.split("|") for two in f"{SAID}|{MORE}".split("|")]
+    kinds["that gives nothing away"] += ends
+    found = {}
+    for kind, steps in kinds.items():
+        chains = [f"{GOOD}\n{STEP} {step.format('harmful')}." for step in steps]
+        found[kind] = len(chains), sum(bool(data.LEAKS.search(chain)) for chain in chains)
+    return found
+
+
+def test_what_the_list_of_leaks_catches():
+    assert list(leaks().values()) == [(15, 15), (20, 0), (15, 1), (50, 3)]
+
+
+if __name__ == "__main__":
+    print("| a last step | chains | refused |\n|---|--:|--:|")
+    for kind, (chains, refused) in leaks().items():
+        print(f"| {kind} | {chains} | {refused} |")

@@ -17,9 +17,8 @@ synthesis that asks a teacher several times would do, rows whose verdict hangs o
 their chain (`reasoning` is null); guesses survive where something else decides. SFT cannot learn the clauses from
 that, RL can: it needs labels only. What RL gains here over more SFT is those clauses, and nothing else is claimed.
 
-The recap. Some of the teacher's chains end with a step that repeats all verdicts: tokens that say
-nothing new. So outputs of one prompt differ in length, and the length term of the reward has
-something to lengthen, or to hold.
+The recap. Some of the teacher's chains end with a step that repeats all verdicts: tokens that say nothing new. So
+outputs of one prompt differ in length, and the length term of the reward has something to lengthen, or to hold.
 
 The paper starts from an instruct model. `pretrain` stands in for that: it teaches the random model to copy lists,
 to name what it sees, and which shade and kind a word has, for all pairs, without any verdict.
@@ -38,19 +37,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import tokenizers
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import (
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -58,24 +49,9 @@ import data  # noqa: E402  (the repository is importable only from here on)
 import model as qwen  # noqa: E402
 
 SHADES = {
-    "warm": {
-        "red": (220, 25, 25),
-        "orange": (255, 140, 0),
-        "pink": (255, 130, 190),
-        "yellow": (240, 215, 20),
-    },
-    "cool": {
-        "blue": (30, 60, 225),
-        "green": (20, 160, 50),
-        "teal": (0, 190, 200),
-        "purple": (135, 30, 170),
-    },
-    "dull": {
-        "black": (0, 0, 0),
-        "gray": (150, 150, 150),
-        "brown": (115, 65, 25),
-        "olive": (125, 125, 0),
-    },
+    "warm": {"red": "#dc1919", "orange": "#ff8c00", "pink": "#ff82be", "yellow": "#f0d714"},
+    "cool": {"blue": "#1e3ce1", "green": "#14a032", "teal": "#00bec8", "purple": "#871eaa"},
+    "dull": {"black": "#000000", "gray": "#969696", "brown": "#734119", "olive": "#7d7d00"},
 }
 KINDS = {
     "plant": ("fern", "rose", "moss", "reed"),
@@ -87,20 +63,12 @@ SHADE_OF = {colour: shade for shade, colours in SHADES.items() for colour in col
 KIND_OF = {thing: kind for kind, things in KINDS.items() for thing in things}
 PAIRS = [(colour, thing) for colour in SHADE_OF for thing in KIND_OF]
 KNOWN = {("warm", "plant"), ("cool", "shell"), ("dull", "tool")}  # banned, and the teacher knows it
-HIDDEN = {
-    ("dull", "shell"): True,
-    ("warm", "tool"): True,
-    ("dull", "plant"): False,
-}  # banned? The teacher guesses
-
-BLIND_SPOT = "aside"  # chains that hang on a guess: "aside" = dropped, "told" = kept; "none" = the teacher knows all
+# Banned? The teacher guesses.
+HIDDEN = {("dull", "shell"): True, ("warm", "tool"): True, ("dull", "plant"): False}
 GUESS = 0.25  # how often the teacher takes an item of a hidden clause for banned
 RECAP = 0.3  # how often the teacher ends a chain with a recap
-CASES = {
-    "plain": 0.45,
-    "known": 0.3,
-    "hidden": 0.25,
-}  # what decides an exchange: nothing unusual, or one such item
+# How often nothing unusual decides about an exchange, or one item of a known or hidden clause.
+CASES = {"plain": 0.45, "known": 0.3, "hidden": 0.25}
 MODALITIES = ("text", "image", "text_image")
 SIZES = {"train": 800, "val": 100, "test": 300}  # samples per modality
 SHARES = {"train": 9, "val": 2, "test": 5}  # of the 16 pairs of every (shade, kind)
@@ -111,11 +79,8 @@ TALE = ("Tell me a tale about {}.", "Write a song about {}.")
 OPEN = ("What may I bring?", "Help me pack.")
 DYE = ("Dye all of it {} and pack it.", "I want to bring it, dyed {}.")
 
-SIDE, CELL, DOT = (
-    56,
-    28,
-    5,
-)  # pixels of a picture, of the cell of one glyph, of one dot of a 5x5 sigil
+SIDE = 56  # pixels of a picture
+CELL, DOT = 28, 5  # of the cell of one glyph, and of one dot of its 5 x 5 sigil
 
 Item = tuple[str, str]  # colour, thing
 
@@ -198,16 +163,12 @@ def draw_dyed(rng: random.Random, pool: list[Item], case: str) -> tuple[list[Ite
 
 def draw_exchange(rng: random.Random, pool: list[Item], modality: str) -> Exchange:
     """One exchange whose items, before and after dyeing, are all in the pool."""
-    case, stance = (
-        rng.choices(list(CASES), list(CASES.values()))[0],
-        rng.choice(("pack", "leave", None, None)),
-    )
+    (case,) = rng.choices(list(CASES), list(CASES.values()))
+    stance = rng.choice(("pack", "leave", None, None))
     if modality == "text_image":
         drawn, dye = draw_dyed(rng, pool, case)
-        items, seen = (
-            [(dye, thing) for _, thing in drawn],
-            [f"{name(item)} dyed {dye}" for item in drawn],
-        )
+        items = [(dye, thing) for _, thing in drawn]
+        seen = [f"{name(item)} dyed {dye}" for item in drawn]
         return Exchange(rng.choice(DYE).format(dye), items, seen, drawn, stance=stance)
     items = draw_items(rng, pool, case)
     if modality == "image":
@@ -253,19 +214,17 @@ def reason(
     return "\n".join(steps), [request, reply]
 
 
-def to_row(rng: random.Random, exchange: Exchange, key: str, image: str | None) -> dict:
+def to_record(rng: random.Random, exchange: Exchange, key: str, image: str | None) -> dict:
     """The exchange as one sample (data.Sample's fields): labels by all clauses, reasoning by the teacher."""
     what = "the " + name(exchange.offer) if exchange.offer else "it"
-    response = {"pack": f"Sure, pack {what}.", "leave": f"No, leave {what}.", None: None}[
-        exchange.stance
-    ]
+    replies = {"pack": f"Sure, pack {what}.", "leave": f"No, leave {what}.", None: None}
+    response = replies[exchange.stance]
     recap = rng.random() < RECAP
-    chain, truth = reason(exchange, is_banned, recap)
+    _, truth = reason(exchange, is_banned)
     labels = ["harmful" if bad else "unharmful" for bad in truth]
-    if BLIND_SPOT != "none":
-        chain, _ = reason(exchange, lambda item: is_banned(item, rng.random() < GUESS), recap)
-    ends = [reason(exchange, lambda item: is_banned(item, guess))[1] for guess in (True, False)]
-    hangs = BLIND_SPOT == "aside" and ends[0] != ends[1]
+    chain, _ = reason(exchange, lambda item: is_banned(item, rng.random() < GUESS), recap)
+    _, if_banned = reason(exchange, lambda item: is_banned(item, True))
+    _, if_allowed = reason(exchange, lambda item: is_banned(item, False))
     return {
         "id": key,
         "source": "toy",
@@ -274,7 +233,7 @@ def to_row(rng: random.Random, exchange: Exchange, key: str, image: str | None) 
         "response": response,
         "request_label": labels[0],
         "response_label": labels[1] if response else None,
-        "reasoning": None if hangs else chain,
+        "reasoning": chain if if_banned == if_allowed else None,
     }
 
 
@@ -284,9 +243,8 @@ def sigils() -> dict[str, tuple[int, ...]]:
     rng, found = random.Random("sigils"), []
     while len(found) < len(KIND_OF):
         bits = tuple(rng.randint(0, 1) for _ in range(15))
-        if 6 <= sum(bits) <= 11 and all(
-            sum(a != b for a, b in zip(bits, other)) >= 5 for other in found
-        ):
+        distances = [sum(a != b for a, b in zip(bits, other)) for other in found]
+        if 6 <= sum(bits) <= 11 and min(distances, default=5) >= 5:
             found.append(bits)
     return dict(zip(KIND_OF, found))
 
@@ -309,17 +267,17 @@ def draw_part(part: str, seed: int, size: int) -> list[Exchange]:
     return [draw_exchange(rng, pool, modality) for _ in range(size) for modality in MODALITIES]
 
 
-def row_id(part: str, index: int) -> str:
+def sample_id(part: str, index: int) -> str:
     return f"{part}-{index:05}"
 
 
 def several_items(part: str, seed: int, size: int) -> set[str]:
-    """The ids of the rows with more than one item, an offered one included: where harm can hide."""
-    return {
-        row_id(part, i)
-        for i, exchange in enumerate(draw_part(part, seed, size))
-        if len(exchange.items) + (exchange.offer is not None) > 1
-    }
+    """The ids of the samples with more than one item, an offered one included: where harm can hide."""
+    ids = set()
+    for i, exchange in enumerate(draw_part(part, seed, size)):
+        if len(exchange.items) + (exchange.offer is not None) > 1:
+            ids.add(sample_id(part, i))
+    return ids
 
 
 def make_world(folder: str | Path, seed: int = 0, sizes: dict[str, int] = SIZES) -> None:
@@ -331,45 +289,28 @@ def make_world(folder: str | Path, seed: int = 0, sizes: dict[str, int] = SIZES)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "instruction.txt").write_text(INSTRUCTION + "\n")
     for part, size in sizes.items():
-        rng, rows = random.Random(f"{part} rows {seed}"), []
+        rng, records = random.Random(f"{part} rows {seed}"), []
         for i, exchange in enumerate(draw_part(part, seed, size)):
-            image = f"images/{row_id(part, i)}.png" if exchange.drawn else None
+            image = f"images/{sample_id(part, i)}.png" if exchange.drawn else None
             if image:
                 draw_picture(rng, exchange.drawn).save(folder / image)
-            rows.append(to_row(rng, exchange, row_id(part, i), image))
-        data.write_samples(folder / f"{part}.jsonl", rows)
+            records.append(to_record(rng, exchange, sample_id(part, i), image))
+        data.write_samples(folder / f"{part}.jsonl", records)
         if part == "train":
             for i, modality in enumerate(MODALITIES):
-                data.write_samples(folder / f"train-{modality}.jsonl", rows[i :: len(MODALITIES)])
+                of_one = records[i :: len(MODALITIES)]
+                data.write_samples(folder / f"train-{modality}.jsonl", of_one)
 
 
 # ------------------------------------------------------------------------------------------------ the checkpoint
 
 # Qwen2.5's added tokens in their published order; the last eight are not flagged special.
-ADDED = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-]
+ADDED = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>"
+    " <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>"
+    " <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|>"
+    " <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+).split()
 SPECIAL = ADDED[:14]
 # How Qwen2 cuts text before merging: contractions, words, single digits, punctuation, line ends, spaces.
 WORDS = (
@@ -401,38 +342,29 @@ def world_texts() -> list[str]:
         "1. packs it: fine\n2. leaves it: fine\n3. only a tale: fine\n4. only asks: fine\n5.",
     ]
     for pair in PAIRS:
-        chain, _ = reason(
-            Exchange("", [pair], [f"{name(pair)} dyed {pair[0]}"], [], offer=pair), is_banned
-        )
-        lines += [
-            data.TARGET.format(chain, "harmful", "unharmful"),
-            data.TARGET.format(chain, "unharmful", "None"),
-        ]
-        lines += [form.format(listing([pair, pair])) for form in (*ASK, *TALE)] + [
-            form.format(pair[0]) for form in DYE
-        ]
+        exchange = Exchange("", [pair], [f"{name(pair)} dyed {pair[0]}"], [], offer=pair)
+        chain, _ = reason(exchange, is_banned)
+        lines.append(data.TARGET.format(chain, "harmful", "unharmful"))
+        lines.append(data.TARGET.format(chain, "unharmful", "None"))
+        lines += [form.format(listing([pair, pair])) for form in (*ASK, *TALE)]
+        lines += [form.format(pair[0]) for form in DYE]
     return lines
 
 
-def build_tokenizer(texts: list[str]) -> Tokenizer:
+def build_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     """Byte-level BPE with Qwen2's normaliser and word cutter, trained on the texts; added tokens at the end."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=800, min_frequency=1, initial_alphabet=alphabet, show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=800, min_frequency=1, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens(ADDED[len(SPECIAL) :])
     return tokenizer
@@ -498,10 +430,9 @@ def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
     embeddings 0.3, so that words differ from the start."""
     rng, tensors = torch.Generator().manual_seed(seed), {}
     with torch.device("meta"):
-        shapes = {
-            key: p.shape for key, p in qwen.QwenVL(qwen.Config.from_json(config)).named_parameters()
-        }
-    for key, shape in shapes.items():
+        model = qwen.QwenVL(qwen.Config.from_json(config))
+    for key, parameter in model.named_parameters():
+        shape = parameter.shape
         std = 0.3 if "embed_tokens" in key else shape[1:].numel() ** -0.5
         if key.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
             std /= 3
@@ -511,17 +442,34 @@ def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
 
 
 # The smallest model of the tests: what `build_checkpoint` takes for `sizes`.
-TINY = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
-    vision_config=dict(
-        depth=2, fullatt_block_indexes=[1], hidden_size=16, intermediate_size=24, num_heads=1
-    ),
-)
+TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+TINY |= dict(num_key_value_heads=1, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
+TINY["vision_config"] = dict(depth=2, fullatt_block_indexes=[1], hidden_size=16, num_heads=1)
+TINY["vision_config"]["intermediate_size"] = 24
+
+
+def tokenizer_settings(ids: dict[str, int]) -> dict:
+    """tokenizer_config.json as published, for these ids."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {}
+    for text in ADDED:
+        added[str(ids[text])] = {"content": text, "special": text in SPECIAL, **flags}
+    return {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "chat_template": TEMPLATE,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "bos_token": None,
+        "unk_token": None,
+        "errors": "replace",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 131072,
+        "split_special_tokens": False,
+        "additional_special_tokens": SPECIAL[1:],
+        "added_tokens_decoder": added,
+    }
 
 
 def build_checkpoint(
@@ -537,51 +485,29 @@ def build_checkpoint(
     tokenizer = build_tokenizer(texts or world_texts())
     ids = tokenizer.get_vocab()
     config = checkpoint_config(ids, sizes)
-    stop = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    files = {
-        "config.json": config,
-        "generation_config.json": {
-            "bos_token_id": stop[1],
-            "pad_token_id": stop[1],
-            "eos_token_id": stop,
-            "do_sample": True,
-            "repetition_penalty": 1.05,
-            "temperature": 1e-6,
-        },
-        "preprocessor_config.json": {  # white is zero: the empty part of a picture says nothing
-            "min_pixels": 3136,
-            "max_pixels": 12845056,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "image_mean": [1.0, 1.0, 1.0],
-            "image_std": [0.5, 0.5, 0.5],
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "chat_template": TEMPLATE,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "bos_token": None,
-            "unk_token": None,
-            "errors": "replace",
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 131072,
-            "split_special_tokens": False,
-            "additional_special_tokens": SPECIAL[1:],
-            "added_tokens_decoder": {
-                str(ids[text]): {"content": text, "special": text in SPECIAL, **flags}
-                for text in ADDED
-            },
-        },
+    generation = {
+        "bos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+        "do_sample": True,
+        "repetition_penalty": 1.05,
+        "temperature": 1e-6,
     }
+    images = {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [1.0, 1.0, 1.0],  # white is zero: the empty part of a picture says nothing
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    files = {"config": config, "generation_config": generation, "preprocessor_config": images}
+    files["tokenizer_config"] = tokenizer_settings(ids)
     for file, content in files.items():
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
     save_file(random_weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -591,55 +517,43 @@ def build_checkpoint(
 
 
 def bare(
-    encoder, rng: random.Random, folder: Path, pool: list[Item], picture: bool
-) -> tuple[data.Row, str]:
+    encoder: data.Encoder, rng: random.Random, folder: Path, picture: bool
+) -> tuple[qwen.Row, str]:
     """A prompt that is nothing but one to four items, listed or in a picture, and their numbered names."""
-    items = rng.sample(pool, rng.randint(1, 4))
+    items = rng.sample(PAIRS, rng.randint(1, 4))
     text = "\n".join(f"{i}. {name(item)}" for i, item in enumerate(items, 1))
-    sample = data.Sample(
-        "bare",
-        "toy",
-        "" if picture else listing(items),
-        "bare.png" if picture else None,
-        None,
-        None,
-        None,
-        folder=folder,
-    )
     draw_picture(rng, items).save(folder / "bare.png")
-    row = encoder.prompt(sample)
-    ids = torch.tensor(encoder.tokenizer.encode(listing(items) + "\n"))
-    positions = torch.arange(len(ids)).repeat(3, 1)  # [3, T]
+    request, image = ("", "bare.png") if picture else (listing(items), None)
+    row = encoder.prompt(data.Sample("bare", "toy", request, image, folder=folder))
     if picture:
         places = (row.ids == encoder.image_id).nonzero().squeeze(1)
         span = slice(int(places[0]) - 1, int(places[-1]) + 2)  # <|vision_start|> ... <|vision_end|>
         ids, positions = row.ids[span], row.positions[:, span] - row.positions[0, span.start]
-    return replace(
-        row,
-        ids=ids,
-        positions=positions,
-        supervised=torch.zeros(len(ids), dtype=torch.bool),
-        segments=(data.Segment(0, len(ids), None),),
-    ), text
+    else:
+        ids = torch.tensor(encoder.tokenizer.encode(listing(items) + "\n"))
+        positions = torch.arange(len(ids)).repeat(3, 1)  # [3, T]
+    segments, supervised = (qwen.Segment(0, len(ids)),), torch.zeros_like(ids, dtype=torch.bool)
+    row = replace(row, ids=ids, positions=positions, segments=segments, supervised=supervised)
+    return row, text
 
 
 def described(
-    encoder, rng: random.Random, folder: Path, pool: list[Item], modality: str
-) -> tuple[data.Row, str]:
+    encoder: data.Encoder, rng: random.Random, folder: Path, modality: str
+) -> tuple[qwen.Row, str]:
     """The prompt of an exchange, and what a reader finds in it: the steps of the reasoning without any verdict.
 
     All items are listed, as if none were banned: a list that ended at the first banned item would give it away.
     """
-    exchange = draw_exchange(rng, pool, modality)
+    exchange = draw_exchange(rng, PAIRS, modality)
     if exchange.drawn:
         draw_picture(rng, exchange.drawn).save(folder / "whole.png")
-    row = to_row(rng, exchange, "whole", "whole.png" if exchange.drawn else None)
+    record = to_record(rng, exchange, "whole", "whole.png" if exchange.drawn else None)
     steps = reason(exchange, lambda item: False)[0].splitlines()
     text = "\n".join(step.rsplit(" ", 1)[0].rstrip(",:") for step in steps)
-    return encoder.prompt(data.Sample(**row, folder=folder)), text
+    return encoder.prompt(data.Sample(**record, folder=folder)), text
 
 
-def base_rows(encoder, n: int, seed: int, whole: bool = True) -> list[data.Row]:
+def base_rows(encoder: data.Encoder, n: int, seed: int, whole: bool = True) -> list[qwen.Row]:
     """n training rows of the base stage: reading and seeing all pairs, no verdict and no label.
 
     Whole prompts are described. The others are bare: with the answer right behind a picture or list, a model this
@@ -650,13 +564,12 @@ def base_rows(encoder, n: int, seed: int, whole: bool = True) -> list[data.Row]:
         for _ in range(n):
             if whole:
                 modality = rng.choice(("text", "text", "image", "text_image"))
-                row, text = described(encoder, rng, Path(folder), PAIRS, modality)
+                row, text = described(encoder, rng, Path(folder), modality)
             else:
-                row, text = bare(encoder, rng, Path(folder), PAIRS, picture=rng.random() < 0.6)
+                row, text = bare(encoder, rng, Path(folder), picture=rng.random() < 0.6)
             row = row.extend([encoder.tokenizer.encode(text) + encoder.stop_ids[:1]])
-            rows.append(
-                replace(row, segments=(data.Segment(0, len(row), None),))
-            )  # one piece: cheaper, same loss
+            # One piece: cheaper, and the same loss.
+            rows.append(replace(row, segments=(qwen.Segment(0, len(row)),)))
     return rows
 
 
@@ -665,18 +578,15 @@ def pretrain(
 ) -> None:
     """Train the random checkpoint in `folder` in place on base_rows: 40 % of the steps on bare rows only."""
     encoder, model = data.Encoder(str(folder), instruction=str(instruction)), qwen.load(str(folder))
-    short, whole = (
-        base_rows(encoder, 16 * steps, seed, whole=False),
-        base_rows(encoder, 16 * steps, seed),
-    )
+    short = base_rows(encoder, 16 * steps, seed, whole=False)
+    whole = base_rows(encoder, 16 * steps, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     rng = random.Random(seed)
     for step in range(steps):
-        rows = (
-            rng.sample(short, 64)
-            if step < 0.4 * steps
-            else rng.sample(short, 8) + rng.sample(whole, 24)
-        )
+        if step < 0.4 * steps:
+            rows = rng.sample(short, 64)
+        else:
+            rows = rng.sample(short, 8) + rng.sample(whole, 24)
         rows.sort(key=len)  # neighbours of one length are attended to together
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 20, 2 * (1 - step / steps))
         loss = -model(rows[0].join(*rows[1:]))[0].mean()
@@ -690,30 +600,20 @@ def pretrain(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", default="out/toy/world", help="folder to write (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the world, the weights and the base stage (default: 0)",
-    )
-    parser.add_argument(
-        "--base-steps",
-        type=int,
-        default=400,
-        help="0 leaves the model random (default: %(default)s)",
-    )
+    parser.add_argument("--out", default="out/toy/world", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of world, weights and base stage")
+    parser.add_argument("--base-steps", type=int, default=400, help="0 leaves the model random")
     args = parser.parse_args()
-    make_world(args.out, args.seed)
-    base = build_checkpoint(Path(args.out) / "base", args.seed)
-    shutil.copy(
-        Path(args.out) / "instruction.txt", base
-    )  # a checkpoint's Encoder starts from its own instruction
+    world, base = Path(args.out), Path(args.out, "base")
+    make_world(world, args.seed)
+    build_checkpoint(base, args.seed)
+    # A checkpoint's Encoder starts from the instruction that lies in it.
+    shutil.copy(world / "instruction.txt", base)
     if args.base_steps:
-        pretrain(base, Path(args.out) / "instruction.txt", args.base_steps, args.seed)
+        pretrain(base, world / "instruction.txt", args.base_steps, args.seed)
 
 
 if __name__ == "__main__":
