@@ -3,8 +3,8 @@
 In:  a Hugging Face checkpoint (directory or hub id), and rows of tokens and images (Row).
 Out: log-probabilities of supervised tokens (training), completions (generation), a checkpoint.
 
-Training and prefill run over one flat row of tokens, with no batch dimension and no padding. The row
-is cut into segments. A segment attends causally to itself and, if it names a prefix segment, to all
+Training and prefill run over one flat row of tokens, without batch dimension or padding. The row is
+cut into segments. A segment attends causally to itself and, if it names a prefix segment, to all
 of that one. The head's logits are float32, whatever the weights are: Eq. (7) compares probabilities
 that differ by less than bfloat16 can tell.
 
@@ -24,7 +24,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -97,21 +97,21 @@ class Row:
         """A prompt row [T] and G completions (token ids, with the stop token) -> one row [T + their
         lengths]. Each completion is a supervised segment over the prompt, and its positions go on
         from the prompt's last position."""
-        if len(self.segments) != 1 or not all(completions):
-            raise ValueError("extend needs one segment, and completions that are not empty")
+        (prompt,) = self.segments
+        lengths = [len(completion) for completion in completions]
+        starts = accumulate(lengths, initial=len(self))
+        segments = [Segment(start, length, 0) for start, length in zip(starts, lengths)]
+        ids = torch.cat([self.ids, *(torch.tensor(completion) for completion in completions)])
         next_position = self.positions.max() + 1
-        no_pixels = self.pixels[:0]
-        prompt = replace(self, supervised=torch.zeros_like(self.supervised), pixels=no_pixels)
-        rows = [prompt]
-        for completion in completions:
-            ids = torch.tensor(completion)
-            positions = torch.arange(len(ids)).expand(3, -1) + next_position
-            supervised = torch.ones_like(ids, dtype=torch.bool)
-            rows.append(Row(ids, positions, (Segment(0, len(ids)),), supervised, no_pixels))
-        row = Row.join(*rows)
-        first, *others = row.segments
-        segments = (first, *(segment._replace(prefix=0) for segment in others))
-        return replace(row, segments=segments, pixels=self.pixels)
+        positions = [torch.arange(length).expand(3, -1) + next_position for length in lengths]
+        return Row(
+            ids=ids,
+            positions=torch.cat([self.positions, *positions], dim=1),
+            segments=(prompt, *segments),
+            supervised=torch.arange(len(ids)) >= len(self),
+            pixels=self.pixels,
+            grids=self.grids,
+        )
 
 
 # -------------------------------------------------------------------------------- configuration
@@ -437,10 +437,7 @@ class VisionTower(nn.Module):
         edge = self.config.window_size // (self.config.patch_size * merge)  # of a window, in cells
         windows, coords = [], []
         before = 0
-        for grid in grids:
-            frames, height, width = grid
-            if frames != 1 or height % merge or width % merge:
-                raise ValueError(f"image grid {grid}: want time 1, sides in multiples of {merge}")
+        for _, height, width in grids:
             rows, columns = height // merge, width // merge
             numbers = torch.arange(before, before + rows * columns).view(rows, columns)
             for band in numbers.split(edge, dim=0):
@@ -551,16 +548,16 @@ class QwenVL(nn.Module):
         One function for SFT, old and new policy, Eq. (3) and (7). Logits exist for some tokens at a
         time, never as a whole [S, V]; the backward pass computes them again.
         """
-        # 1. The token before a token predicts it; a completion's first token its prompt's last. (A
-        # prompt's first token, which nothing predicts, is never supervised.)
-        before = torch.arange(len(row)) - 1  # [T]
+        # 1. Token i is predicted at predictor[i]: at the token before it, a completion's first token
+        # at its prompt's last. (A prompt's first token is never supervised.)
+        predictor = torch.arange(len(row)) - 1  # [T]
         for start, _, prefix in row.segments:
             if prefix is not None:
                 prompt = row.segments[prefix]
-                before[start] = prompt.start + prompt.length - 1
+                predictor[start] = prompt.start + prompt.length - 1
         supervised = row.supervised.nonzero().squeeze(1)  # [S]
         targets = row.ids[supervised].to(self.device)
-        hidden = self.hidden(row).index_select(0, before[supervised].to(self.device))  # [S, D]
+        hidden = self.hidden(row).index_select(0, predictor[supervised].to(self.device))  # [S, D]
         # 2. The head in float32, of the numbers that the sampler's head has. On CUDA, TF32 holds
         # bfloat16 numbers exactly, so the products add up in float32 at half of bfloat16's speed.
         head = self.head.to(hidden.dtype).float()
@@ -1243,15 +1240,13 @@ def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device of this process, on CUDA its current one: the GPU of its number on its machine,
-    unless `name` names another. "auto" is CUDA, else MPS, else CPU. OSError if it is of no use."""
+    """The device of this process, on CUDA the GPU of its number on its machine. "auto" is CUDA,
+    else MPS, else CPU. OSError if it cannot be used."""
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
     try:
-        device = torch.device(name)
-        if name == "cuda":
-            device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()  # says why, if it cannot be used
