@@ -113,7 +113,7 @@ def join_texts(*texts: str | None) -> str | None:
     if not present:
         return None
     joined = " ".join(text.strip() for text in present if text.strip())
-    return joined or max(present)  # spaces, if any is not empty: "" is no response
+    return joined or present[0]  # blank as they are
 
 
 def merge_images(first: Image.Image, second: Image.Image) -> Image.Image:

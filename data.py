@@ -27,7 +27,7 @@ from argparse import SUPPRESS
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -110,7 +110,7 @@ class Sample:
     @property
     def key(self) -> str:
         """What identifies the exchange, wherever its folder lies; not what is known about it."""
-        return json.dumps([getattr(self, name) for name in KEYS[:5]])
+        return json.dumps([getattr(self, name) for name in EXCHANGE])
 
     @property
     def modality(self) -> str:
@@ -128,21 +128,23 @@ class Sample:
 
 
 KEYS = tuple(entry.name for entry in fields(Sample)[:-1])  # without `folder`
+REQUIRED, EXCHANGE, TEXTS = KEYS[:3], KEYS[:5], KEYS[:-1]  # up to request, response, reasoning
 
 
 def from_json(record: dict, folder: Path) -> Sample:
     """The sample that a JSON object holds. The InputError says what is wrong, not where."""
     for name in sorted(record.keys() - KEYS):
         raise InputError(f"unknown field {name!r} (`data.py convert` reads the released formats)")
-    for name in KEYS[:-1]:  # all but `parents`
+    for name in TEXTS:
         value = record.get(name)
-        if not isinstance(value, str) and (value is not None or name in KEYS[:3]):
+        if not isinstance(value, str) and (value is not None or name in REQUIRED):
             raise InputError(f"field {name!r} is {'missing' if value is None else 'not a string'}")
         if value and re.search("[\ud800-\udfff]", value):
             raise InputError(f"field {name!r} holds half of a surrogate pair, which is not text")
         if name.endswith("_label") and value not in (HARMFUL, UNHARMFUL, None):
             raise InputError(f"{name} is {value!r}; it must be 'harmful', 'unharmful' or null")
-    parents = tuple(record.get("parents") or ()) or None
+    with as_input_error("field 'parents'", TypeError):
+        parents = tuple(record.get("parents") or ()) or None
     sample = Sample(**record | {"folder": folder, "parents": parents})
     if not sample.id or "" in (sample.response, sample.image):
         raise InputError("the id, response or image is empty; null means none")
@@ -150,6 +152,9 @@ def from_json(record: dict, folder: Path) -> Sample:
         raise InputError("there is neither a request nor an image to judge")
     if sample.response_label and not sample.response:
         raise InputError("a response_label, but no response")
+    target = TARGET.format(sample.reasoning, HARMFUL, HARMFUL)
+    if sample.reasoning is not None and not parse(target).format_ok:
+        raise InputError(f"the reasoning is blank, or holds one of {TAGS}")
     if sample.image:
         find_image(sample.image, folder)
     return sample
@@ -209,9 +214,7 @@ class Encoder:
     model: a checkpoint directory or hub id. instruction: a file with another system message.
     min_pixels, max_pixels: bounds of an image's area after scaling; None: the checkpoint's."""
 
-    def __init__(
-        self, model: str, instruction: str | None = None, min_pixels=None, max_pixels=None
-    ):
+    def __init__(self, model: str, instruction=None, min_pixels=None, max_pixels=None):
         folder = locate(model)
         config = outline(folder).config
         self._load_tokenizer(folder, config)
@@ -261,8 +264,9 @@ class Encoder:
         for name, value in implemented.items():
             if settings.get(name, value) != value:
                 raise InputError(f"{folder}: {name} is {settings[name]} for images, want {value}")
-        self.mean = np.array(settings["image_mean"], np.float32).reshape(3, 1)
-        self.std = np.array(settings["image_std"], np.float32).reshape(3, 1)
+        with as_input_error(f"{folder}: image_mean or image_std", KeyError, TypeError, ValueError):
+            self.mean = np.array(settings["image_mean"], np.float32).reshape(3, 1)
+            self.std = np.array(settings["image_std"], np.float32).reshape(3, 1)
 
         # Releases of transformers have put the bounds in several places. The last one here counts.
         known = {"shortest_edge": 56**2, "longest_edge": 28**2 * 1280}
@@ -538,38 +542,36 @@ def read_json(path: AnyPath) -> dict:
         return decode_json(Path(path).read_bytes())
 
 
-@contextmanager
-def lock(out: AnyPath) -> Iterator:
-    """Hold an output file or folder for this process alone in the block, by .NAME.lock beside it.
-    InputError if another process has it, or the disk has no locks."""
+def lock(out: AnyPath) -> AbstractContextManager:
+    """Hold an output file or folder for this process alone in a `with` block, by .NAME.lock beside
+    it. InputError if another process has it, or the disk has no locks."""
     out = Path(out).resolve()
-    path = out.with_name(f".{out.name}.lock")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if "GUARD_NO_LOCK" not in os.environ:
-            problem = f"{out}: in use by another run? If not, set GUARD_NO_LOCK=1"
-            with as_input_error(problem, OSError, NotImplementedError):
-                stack.enter_context(FileLock(path, timeout=0))
-        yield
+    if "GUARD_NO_LOCK" in os.environ:
+        return nullcontext()
+    problem = f"{out}: in use by another run? If not, set GUARD_NO_LOCK=1"
+    with as_input_error(problem, OSError, NotImplementedError):
+        return FileLock(out.with_name(f".{out.name}.lock")).acquire(timeout=0)
 
 
-def fingerprint(model: str, files=(), instruction: str | None = None, samples=()) -> dict:
+def fingerprint(model: str, files: dict | None = None, samples=()) -> dict:
     """{input: what tells it from another one}, whatever folder it lies in: the model's small files,
-    data and instruction by content, weights by size and time of change, images by name and size."""
-    marks = {}
-    contents = [(f"data/{Path(path).name}", path) for path in [*files, instruction] if path]
-    for path in locate(model).iterdir():
-        name = f"model/{path.name}"
+    and data files by content, weights by size and time of change, images by name and size. files:
+    {what they are for: paths, in their order}."""
+    marks, contents = {}, []
+    for path in sorted(locate(model).iterdir()):
         if path.suffix == ".safetensors":
-            marks[name] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
+            marks[f"model/{path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
         elif path.suffix in (".json", ".txt") and path.name != "run.json":
-            contents.append((name, path))
+            contents.append((f"model/{path.name}", path))
+    for purpose, paths in (files or {}).items():
+        for number, path in enumerate(paths, 1):
+            contents.append((f"{purpose}/{number}:{Path(path).name}", path))
     for name, path in contents:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        marks[name] = marks.get(name, "") + digest  # of files of one name, in their order
+        marks[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     paths = {sample.image_path for sample in samples if sample.image}
     sizes = sorted((path.name, path.stat().st_size) for path in paths)
-    marks["images"] = hashlib.sha256(str(sizes).encode()).hexdigest()
+    marks["images"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     return marks
 
 
@@ -598,14 +600,19 @@ def check_output(out: AnyPath, inputs: Iterable) -> None:
 def cli(flags_class: type, main: Callable, arguments: list | None = None) -> None:
     """Run main with the flags of a dataclass. What a person can mend is one line on stderr and exit
     code 2; Ctrl-C is 130. Under torchrun the process ends at once, which then ends the others."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a caller may have closed it
     sys.stdout.reconfigure(errors="replace")  # of what a screen cannot show; stderr does so itself
     about, _, _ = (sys.modules["__main__"].__doc__ or "").partition("\n\n")
     parser = HfArgumentParser(flags_class, allow_abbrev=False, usage=SUPPRESS, description=about)
     arguments = sys.argv[1:] if arguments is None else arguments
-    names = [text.partition("=")[0] for text in arguments if text.startswith("--")]
+    names = [text.partition("=")[0].replace("_", "-") for text in arguments if text[:2] == "--"]
     if len(set(names)) < len(names):
         parser.error(f"a flag is given twice: {' '.join(names)}")
     flags = flags_class(**vars(parser.parse_args(arguments)))
+    for name, value in vars(flags).items():
+        least = 1 if type(value) is int and name not in ("seed", "max_correct") else 0
+        if type(value) in (int, float) and value < least:
+            parser.error(f"--{name} {value}: want at least {least}")
 
     code, text = 2, ""
     try:
@@ -641,10 +648,10 @@ def cli(flags_class: type, main: Callable, arguments: list | None = None) -> Non
         sys.exit(code)
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Print at once. When nobody reads the output any more (`| head`), a run goes on silently."""
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -739,7 +746,8 @@ def convert_record(record, ids: dict, file: Path, flags: ConvertFlags) -> tuple[
 
     # 2. The image: one, whose placeholder stands in front of the request, or none.
     image, folder = None, Path(flags.out).parent
-    named = [one for one in record.get("images") or [record.get("image")] if one]
+    with as_input_error("images is no list", TypeError):
+        named = [one for one in record.get("images") or [record.get("image")] if one]
     shown, in_front = user.count("<image>"), request.startswith("<image>" * len(named))
     if not (len(named) == shown <= 1 and in_front):
         wanted = "want none, or one of each, <image> under 'Human user:'"

@@ -26,7 +26,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -247,16 +247,11 @@ def predict(
 
 
 def evaluate_samples(
-    model: QwenVL,
-    encoder: Encoder,
-    samples: list[Sample],
-    max_new_tokens: int = 3072,
-    max_branches: int = 256,
-    show: bool = False,
+    model: QwenVL, encoder: Encoder, samples: list[Sample], show: bool = False, **flags
 ) -> list[dict]:
-    """Greedy predictions for samples, in order: evaluation within training. show: with a bar."""
-    flags = EvaluateFlags(max_new_tokens=max_new_tokens, max_branches=max_branches)
-    predictions = predict(model, encoder, dict(enumerate(samples)), flags)
+    """Greedy predictions for samples, in order: evaluation within training. show: with a bar.
+    flags: those of EvaluateFlags that are not as by default."""
+    predictions = predict(model, encoder, dict(enumerate(samples)), EvaluateFlags(**flags))
     found = dict(data.progress(predictions, len(samples), "validation samples", show))
     return [sample_fields(sample) | found[i] for i, sample in enumerate(samples)]
 
@@ -270,7 +265,8 @@ def judge(flags: EvaluateFlags, ranks: Ranks) -> None:
     stream, tokenizer = DecodeStream(skip_special_tokens=True), encoder.tokenizer.backend_tokenizer
 
     def show(new_tokens: list[int]) -> None:
-        print(stream.step(tokenizer, new_tokens[0]) or "", end="", flush=True)
+        pieces = (stream.step(tokenizer, new_tokens[0]) or "").split("\n")
+        say("\n".join(map(data.printable, pieces)), end="")
 
     [(_, p)] = predict(model, encoder, {0: sample}, flags, watch=show)
     if p["n_tokens"] == 0:
@@ -295,7 +291,8 @@ def sample_fields(sample: Sample, folder: Path = Path()) -> dict:
 def open_folder(folder: Path, flags: data.Flags, ranks: Ranks) -> None:
     """Make `folder` ready for records; with flags.fresh there are none in it then. InputError if it
     holds what this stage has not written, or records that were made with other settings."""
-    settings = data.fingerprint(flags.model, instruction=flags.instruction)
+    instruction = [flags.instruction] if flags.instruction else []
+    settings = data.fingerprint(flags.model, {"instruction": instruction})
     settings |= {name: value for name, value in vars(flags).items() if name in SETTINGS}
     settings["dtype"] = str(ranks.compute)
     path, files = folder / "settings.json", sorted(folder.glob("rank-*.jsonl"))
@@ -331,7 +328,9 @@ def collect(
     # 2. What is missing in this rank's share, which no other rank touches.
     share = range(ranks.rank, len(wanted), ranks.world)
     todo = {i: samples[i] for i in share if wanted[i]["key"] not in records}
-    if todo:  # a finished run needs no model
+    if todo:  # a finished run needs no model; what is there of other data is not the result
+        for name in ("predictions.jsonl", "results.json"):
+            (folder / name).unlink(missing_ok=True)
         made = make(*load_guard(flags, ranks), todo, flags)
         for i, fields in data.progress(made, len(todo), "samples", show=ranks.rank == 0):
             record = wanted[i] | fields
@@ -370,7 +369,7 @@ def read_predictions(paths: Iterable[str | Path]) -> dict[tuple, dict]:
     return predictions
 
 
-def score_files(paths: Iterable[str | Path], left_out: list[str]) -> dict:
+def score_files(paths: Iterable[str | Path], left_out: list[str] | None = None) -> dict:
     """Score predictions, print the table and what it does not show; returns both."""
     predictions = list(read_predictions(paths).values())
     lines, metrics = score_table(predictions), compute_metrics(predictions)
@@ -384,18 +383,20 @@ def score_files(paths: Iterable[str | Path], left_out: list[str]) -> dict:
         say(markdown(without, ("task", "benchmark", "modality", "n", "false_positive_rate")))
     say(f"\n{unlabelled} rows without a label: judged, not scored")
     say(f"{too_long} prompts over the model's context: counted as wrong, truncated")
-    say(f"{len(left_out)} bad rows left out (--skip-bad)")
     counts = {"unlabelled": unlabelled, "too_long": too_long, "left_out": left_out}
+    if left_out is not None:
+        say(f"{len(left_out)} bad rows left out (--skip-bad)")
     return {"metrics": metrics, "lines": lines, **counts}
 
 
 def main(flags: EvaluateFlags) -> None:
     """Score given predictions, judge one exchange, or judge all of --data and score that."""
     if flags.predictions:
-        score_files(flags.predictions, [])
+        score_files(flags.predictions)
         return
     ranks, out = start_ranks(flags.device, flags.dtype), Path(flags.out)
     if (flags.request, flags.response, flags.image) != (None, None, None):
+        data.check_inputs(replace(flags, data=[]))
         judge(flags, ranks)
         return
     data.check_inputs(flags)
@@ -404,8 +405,7 @@ def main(flags: EvaluateFlags) -> None:
         samples, left_out = data.read_samples(flags.data, flags.skip_bad)
         collect(out, samples, predict, flags, ranks)
         if ranks.rank == 0:
-            results = {"model": flags.model, "data": flags.data}
-            results |= score_files([out / "predictions.jsonl"], left_out)
+            results = score_files([out / "predictions.jsonl"], left_out) | {"model": flags.model}
             data.write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 

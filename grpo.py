@@ -356,8 +356,8 @@ def train(flags: GRPOFlags, ranks: Ranks) -> None:
 def validate(policy, encoder, samples: list[Sample], flags: GRPOFlags, ranks: Ranks) -> dict:
     """Greedy F1 and lengths on the validation samples, sharded over the ranks."""
     share = samples[ranks.rank :: ranks.world]  # this rank's
-    limits = flags.max_new_tokens, flags.max_branches
-    predictions = evaluate_samples(policy, encoder, share, *limits, show=ranks.rank == 0)
+    limits = {"max_new_tokens": flags.max_new_tokens, "max_branches": flags.max_branches}
+    predictions = evaluate_samples(policy, encoder, share, show=ranks.rank == 0, **limits)
     metrics = compute_metrics(ranks.gather(predictions))
     return {f"val_{name}": value for name, value in metrics.items()}
 

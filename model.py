@@ -548,8 +548,8 @@ class QwenVL(nn.Module):
         One function for SFT, old and new policy, Eq. (3) and (7). Logits exist for some tokens at a
         time, never as a whole [S, V]; the backward pass computes them again.
         """
-        # 1. Token i is predicted at predictor[i]: at the token before it, a completion's first token
-        # at its prompt's last. (A prompt's first token is never supervised.)
+        # 1. Token i is predicted at predictor[i]: the token before it, or, for a completion's first
+        # token, its prompt's last. (A prompt's first token is never supervised.)
         predictor = torch.arange(len(row)) - 1  # [T]
         for start, _, prefix in row.segments:
             if prefix is not None:
@@ -663,30 +663,22 @@ PREFILL_TOKENS = 8192  # of prompts, about, that are encoded in one forward pass
 @torch.no_grad()
 def generate(
     model: QwenVL,
-    prompts: Iterable[tuple[int, Row]],
-    n: int = 1,
+    prompts: Iterable[tuple[int, Row]],  # (key, row), taken as there is room
+    n: int = 1,  # completions of each prompt
     max_new_tokens: int = 3072,
-    temperature: float = 1.0,
+    temperature: float = 1.0,  # 0 is greedy, with log-probabilities at temperature 1
     top_p: float = 1.0,
-    stop_ids: Sequence[int] = (),
-    banned: Sequence[int] = (),
+    stop_ids: Sequence[int] = (),  # a completion ends with the first of these
+    banned: Sequence[int] = (),  # ids that are never drawn
     seed: int = 0,
-    max_branches: int = 256,
-    words: tuple[int, int] | None = None,
-    cache_tokens: int | None = None,
-    watch: Callable[[list[int]], None] | None = None,
+    max_branches: int = 256,  # completions that run at a time, at least those of one prompt
+    words: tuple[int, int] | None = None,  # ids of "harmful", "unharmful": P(harmful) of the two
+    cache_tokens: int | None = None,  # in both caches; None: what fits a GPU's free memory
+    watch: Callable[[list[int]], None] | None = None,  # called with all new tokens of a step
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Sample n completions of every prompt; yields (key, completions) as prompts finish.
 
-    prompts: (key, row) pairs, taken from the iterable as there is room.
-    temperature: 0 is greedy, with log-probabilities at temperature 1.
-    stop_ids: a completion ends with the first of these. banned: ids that are never drawn.
-    max_branches: completions that run at a time, at least those of one prompt.
-    words: the ids of "harmful" and "unharmful", of whose logits P(harmful) is the softmax.
-    cache_tokens: tokens in the caches, with every completion counted at its longest (None: those
-        that fit a GPU's free memory); a prompt that does not fit runs alone.
-    watch: called at every step with the new token of every branch.
-
+    Every completion counts at its longest in the caches; a prompt that does not fit runs alone.
     Random numbers are those of (seed, key, number of the completion): what a prompt gets does not
     depend on its neighbours, on batching or on the number of ranks (on CUDA in distribution only:
     kernels choose by shape, last bits differ, and then tokens). CheckpointError if logits are not
@@ -1066,7 +1058,7 @@ def weight_files(folder: Path) -> list[Path]:
     if whole.exists():
         raise CheckpointError(f"{folder}: {whole.name} and {index.name}; remove what is not meant")
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: cannot be read ({error!r})") from error
     if any(Path(name).name != name for name in names):
@@ -1095,7 +1087,7 @@ def outline(folder: Path) -> QwenVL:
     path = folder / "config.json"
     try:
         with torch.device("meta"):
-            return QwenVL(Config.from_json(json.loads(path.read_text())))
+            return QwenVL(Config.from_json(json.loads(path.read_text("utf-8"))))
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path}: missing, or does not fit ({error})") from error
 
@@ -1150,13 +1142,13 @@ def save(
         of_a_run = file.name == "run.json" or file.name.endswith(".index.json")
         if file.suffix in (".json", ".txt", ".jinja") and not of_a_run and source != folder:
             shutil.copyfile(file, folder / file.name)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text("utf-8"))
     stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
         part |= {name: stored for name in ("torch_dtype", "dtype") if name in part}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for name, text in (files or {}).items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, "utf-8")
     final, partial = folder / "model.safetensors", folder / "model.safetensors.partial"
     try:
         save_file(state, partial, metadata={"format": "pt"})

@@ -124,8 +124,10 @@ def parse(output: str) -> Verdict:
     # 2. The last complete result block, and the labels in it.
     block, block_start = "", 0
     # Within a block there is no other <result>.
-    for match in re.finditer(r"<result>((?:(?!<result>).)*?)</result>", answer, re.DOTALL):
-        block, block_start = match[1], len(output) - len(answer) + match.start(1)
+    blocks = list(re.finditer(r"<result>((?:(?!<result>).)*?)</result>", answer, re.DOTALL))
+    if blocks:
+        block = blocks[-1][1]
+        block_start = len(output) - len(answer) + blocks[-1].start(1)
     read = [_read_label(name, block, block_start) for name in ("request", "response")]
     words, offsets = zip(*read)
 

@@ -32,29 +32,8 @@ import transformers
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from data import (
-    Encoder,
-    Flags,
-    InputError,
-    Sample,
-    append_records,
-    changed,
-    check_inputs,
-    check_output,
-    cli,
-    fingerprint,
-    lock,
-    option,
-    pack,
-    prefetch,
-    progress,
-    read_json,
-    read_records,
-    read_samples,
-    say,
-    write_atomic,
-    write_samples,
-)
+import data
+from data import Encoder, Flags, InputError, Sample, option, pack, prefetch, progress, say
 from model import QwenVL, Ranks, Row, Segment, full, load, save, shard, start_ranks
 
 # The metrics on the screen.
@@ -196,7 +175,7 @@ def usable_samples(
     """The files' samples with a label (if `complete`, with all labels and reasoning) and at most
     `most` tokens, and lines that say what is left out. Every sample is encoded once to count them,
     each rank its share: a damaged image ends the run now, and not at hour five."""
-    samples, bad_rows = read_samples(paths, flags.skip_bad)
+    samples, bad_rows = data.read_samples(paths, flags.skip_bad)
     usable = [s for s in samples if s.is_complete]
     if not complete:
         usable = [s for s in samples if s.request_label or s.response_label]
@@ -304,16 +283,17 @@ def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
 def started(flags) -> Iterator[Ranks]:
     """Check flags and folders, join the other ranks, and hold --out for this run alone. InputError
     if --out holds what no run has written, or a run whose checkpoints are gone."""
-    check_inputs(flags)
-    check_output(flags.out, [flags.model, *flags.data, *flags.validation])
+    data.check_inputs(flags)
+    data.check_output(flags.out, [flags.model, *flags.data, *flags.validation])
     folder = Path(flags.out)
     ranks = start_ranks(flags.device, flags.dtype)
-    with lock(folder) if ranks.rank == 0 else nullcontext():
+    with data.lock(folder) if ranks.rank == 0 else nullcontext():
         names = {path.name for path in folder.glob("[!.]*")}
         if names and "run.json" not in names:
             raise InputError(f"{folder}: holds files, but not of a run; give another --out")
-        is_done = "model.safetensors" in names and not any(folder.glob("checkpoints/step-*"))
-        if names and not flags.fresh and (is_done or "checkpoints" not in names):
+        was_finished, has_begun = "model.safetensors" in names, "metrics.jsonl" in names
+        emptied = was_finished and not any(folder.glob("checkpoints/step-*"))
+        if (emptied or (has_begun and "checkpoints" not in names)) and not flags.fresh:
             raise InputError(f"{folder}: a run whose checkpoints are gone; {Run.advice}")
         ranks.barrier()  # no rank goes on before rank 0 has the lock
         yield ranks
@@ -346,23 +326,24 @@ class Run:
             if flags.fresh:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
                 shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-                for name in ("model.safetensors", *self.logs, "run.json"):
+                for name in ("model.safetensors", *self.logs):
                     (self.folder / name).unlink(missing_ok=True)
-            files = [*flags.data, *flags.validation]
-            inputs = fingerprint(flags.model, files, flags.instruction, samples)
+            files = {"data": flags.data, "validation": flags.validation}
+            files["instruction"] = [flags.instruction] if flags.instruction else []
+            inputs = data.fingerprint(flags.model, files, samples)
             record = {"flags": asdict(flags), "fingerprint": inputs, "left_out": left_out}
             record["flags"]["dtype"] = str(ranks.compute)  # --dtype auto may be either
             record |= {"torch": torch.__version__, "transformers": transformers.__version__}
             record["device"] = str(ranks.device)
             path = self.folder / "run.json"
-            if path.exists():
-                before = read_json(path)
-                names = set(changed(before["flags"], record["flags"])) - self.may_change
-                names |= set(changed(before["fingerprint"], inputs))
+            if path.exists() and not flags.fresh:
+                before = data.read_json(path)
+                names = set(data.changed(before["flags"], record["flags"])) - self.may_change
+                names |= set(data.changed(before["fingerprint"], inputs))
                 if names:
                     text = f"a run with other {', '.join(sorted(names))}"
                     raise InputError(f"{self.folder}: {text}; {self.advice}")
-            write_atomic(path, json.dumps(record, indent=2) + "\n")
+            data.write_atomic(path, json.dumps(record, indent=2) + "\n")
             self.checkpoints.mkdir(exist_ok=True)
         ranks.barrier()
 
@@ -384,9 +365,9 @@ class Run:
             for folder in self.checkpoints.glob("*.partial"):
                 shutil.rmtree(folder)
             for path in filter(Path.exists, (self.folder / name for name in self.logs)):
-                records = read_records(path)
+                records = data.read_records(path)
                 kept = [record for record in records if self.done and record["step"] <= self.done]
-                write_samples(path, kept)
+                data.write_samples(path, kept)
         self.began = time.perf_counter()
         return self.done
 
@@ -396,6 +377,7 @@ class Run:
         partial_folder = self.checkpoints / f"step-{step:06d}.partial"
         dcp.save(self.state, checkpoint_id=partial_folder)
         if self.ranks.rank == 0:
+            (self.folder / "model.safetensors").unlink(missing_ok=True)  # of an earlier step
             partial_folder.rename(partial_folder.with_suffix(""))
             whole = sorted(self.checkpoints.glob("step-*[0-9]"))
             for folder in whole[:-2]:
@@ -407,7 +389,7 @@ class Run:
         screen the time left and those that `shown` names."""
         if self.ranks.rank > 0:
             return
-        append_records(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
+        data.append_records(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -427,15 +409,15 @@ class Run:
 
     def finish(self, done: int, total: int, model, optimizer, encoder) -> None:
         """Leave the model in the folder. InputError if no step of the run has trained it."""
-        skipped = sum(r.get("skipped", 0) for r in read_records(self.folder / "metrics.jsonl"))
+        skipped = sum(r.get("skipped", 0) for r in data.read_records(self.folder / "metrics.jsonl"))
         text = f"{self.folder}: {done} of {total} steps done; "
         text += f"updates skipped, as the gradient was not finite: {skipped}"
         if all(state["step"] == 0 for state in optimizer.state.values()):
             raise InputError(f"{text}; so nothing was trained")
-        last, final = self.checkpoints / f"step-{done:06d}", self.folder / "model.safetensors"
-        if final.exists() and final.stat().st_mtime > last.stat().st_mtime:
-            return  # saved already; later stages know the weights by their time of change
-        save(model, self.folder, self.flags.model, self.ranks.compute, encoder.files())
+        # A model that is there is the last checkpoint's. It is not saved again: later stages know
+        # its weights by their time of change.
+        if not (self.folder / "model.safetensors").exists():
+            save(model, self.folder, self.flags.model, self.ranks.compute, encoder.files())
         if self.ranks.rank == 0:
             say(text)
 
@@ -461,4 +443,4 @@ def stop_signal(ranks: Ranks) -> Iterator[Callable[[], int]]:
 
 
 if __name__ == "__main__":
-    cli(SFTFlags, main)
+    data.cli(SFTFlags, main)

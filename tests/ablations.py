@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -187,11 +186,9 @@ def forked(name: str, folder: Path) -> Path:
 
 def merged(flags: str, others: str) -> str:
     """The flags of both; where both have one, that of the others."""
-    found = {}
-    for flag in f"{flags} {others}".split("--")[1:]:
-        name, _, values = flag.strip().partition(" ")
-        found[name] = f"--{name} {values}".strip()
-    return " ".join(found.values())
+    given = [flag.split() for flag in f"{flags} {others}".split("--")[1:]]
+    values = {name: value for name, *value in given}
+    return " ".join(" ".join([f"--{name}", *value]) for name, value in values.items())
 
 
 def stages_of(seed: int, out: Path, variants: list[Variant], alone: bool) -> dict[str, Stage]:
@@ -257,7 +254,7 @@ def start(stage: Stage) -> subprocess.Popen:
         shutil.copytree(*stage.copied, dirs_exist_ok=True)
     print(f"\n$ python {stage.command}", flush=True)
     environment = os.environ | KEEP_FREED | {"OMP_NUM_THREADS": str(stage.threads)}
-    environment |= {"PYTHONUNBUFFERED": "1", "FORCE_PROGRESS": "1", "TQDM_MININTERVAL": "1"}
+    environment["PYTHONUNBUFFERED"] = "1"
     script, *flags = stage.command.split()
     command = [sys.executable, str(stage.sources / script), *flags]
     with open(stage.log, "wb") as log:
@@ -265,25 +262,14 @@ def start(stage: Stage) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, env=environment, **output)
 
 
-def newest_line(log: Path) -> str:
-    """What is shown of a stage: its newest whole line, or the frame of a progress bar after it.
-
-    A frame begins with a carriage return, and a blank one removes the bar. A training step stays
-    until the next one: the bar of its sampling would hide it most of the time.
-    """
-    *lines, frame = log.read_bytes().decode(errors="replace").split("\n")
-    lines = [line.rpartition("\r")[2].strip() for line in lines]
-    newest = next((line for line in reversed(lines) if line), "starting")
-    if newest.startswith("step "):
-        return newest
-    return frame.rpartition("\r")[2].strip() or newest
+def log_lines(stage: Stage) -> list[str]:
+    """What a stage has said so far."""
+    return stage.log.read_text(errors="replace").splitlines()
 
 
 def finish(stage: Stage, code: int, seconds: float) -> None:
-    """Keep whole lines in the log, print the last, leave the record. SystemExit if it failed."""
-    text = stage.log.read_bytes().decode(errors="replace")
-    write_atomic(stage.log, re.sub(r"[^\n]*\r", "", text))
-    lines = read_text(stage.log).splitlines()
+    """Print the last lines of the log, leave the record. SystemExit if the stage failed."""
+    lines = log_lines(stage)
     if code:
         print("\n".join([f"{stage.name} failed; {stage.log} ends with:", *lines[-30:]]))
         sys.exit(code)
@@ -310,10 +296,10 @@ def run_all(stages: Iterable[Stage], every: float = 10.0) -> None:
             time.sleep(0.2)
             now = time.perf_counter()
             if now - shown >= every:
-                for stage, (_, began) in running.items():
-                    line = f"{now - began:4.0f} s  {stage.name}: {newest_line(stage.log)}"
-                    print(line, flush=True)
                 shown = now
+                for stage, (_, began) in running.items():
+                    newest = (log_lines(stage) or ["starting"])[-1]
+                    print(f"{now - began:4.0f} s  {stage.name}: {newest}", flush=True)
             for stage, (process, began) in list(running.items()):
                 if process.poll() is not None:
                     del running[stage]

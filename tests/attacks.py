@@ -5,10 +5,8 @@ Structural attacks are excluded by construction (test_injection.py). These here 
 see through, and nothing but training makes it. A toy guard was never trained on most of these words: its
 numbers say how the table reads, not how a real guard would fare.
 
-Columns: n, the rows that the attack fits; right, the share of right request verdicts before and after it;
-hidden, of the harmful requests called so before, the share that no longer is; alarmed, the same of the
-unharmful ones; P, mean P(harmful) of the harmful rows before and after. A swapped or removed picture changes
-the truth: there "right" uses the new one, and a high share hidden or alarmed is as it should be.
+Columns: n, the rows that the attack fits; right, the share of right request verdicts before and after it. A
+swapped or removed picture changes the truth: there "right" uses the new one.
 
     python tests/attacks.py --model out/toy/seed-31/grpo --data out/toy/seed-31/world/test.jsonl
 """
@@ -94,23 +92,11 @@ def share(hits: list[bool]) -> str:
     return f"{100 * sum(hits) / len(hits):.1f}" if hits else "-"
 
 
-def mean_p(predictions: list[dict]) -> str:
-    known = [p["request_p"] for p in predictions if p["request_p"] is not None]
-    return f"{sum(known) / len(known):.2f}" if known else "-"
-
-
 def table_line(name: str, before: list[dict], after: list[dict]) -> str:
     """The line of one attack from the predictions on the same rows before and after it."""
     both = (before, after)
     right = [share([p["request_pred"] == p["request_label"] for p in found]) for found in both]
-    flipped = []
-    for label in (HARMFUL, UNHARMFUL):
-        pairs = [(b, a) for b, a in zip(*both) if b["request_pred"] == b["request_label"] == label]
-        flipped.append(share([a["request_pred"] != label for _, a in pairs]))
-    harmful = [i for i, p in enumerate(before) if p["request_label"] == HARMFUL]
-    p = [mean_p([found[i] for i in harmful]) for found in both]
-    columns = name, len(before), " -> ".join(right), *flipped, " -> ".join(p)
-    return f"| {' | '.join(map(str, columns))} |"
+    return f"| {name} | {len(before)} | {' -> '.join(right)} |"
 
 
 def main(flags: AttackFlags) -> None:
@@ -119,13 +105,13 @@ def main(flags: AttackFlags) -> None:
     rng, model, encoder = random.Random(flags.seed), load(flags.model), Encoder(flags.model)
     others = [s for s in read_samples([flags.data])[0] if s.request_label]
     samples = rng.sample(others, min(flags.limit, len(others)))
-    before = evaluate_samples(model, encoder, samples, flags.max_new_tokens)
-    say("| attack | n | right, % | hidden, % | alarmed, % | P of harmful rows |\n|" + " --- |" * 6)
+    before = evaluate_samples(model, encoder, samples, max_new_tokens=flags.max_new_tokens)
+    say("| attack | n | right, % |\n| --- | --- | --- |")
     for name, attack in ATTACKS.items():
         attacked = [attack(sample, others, rng) for sample in samples]
         fitting = [i for i, sample in enumerate(attacked) if sample]
         changed = [attacked[i] for i in fitting]
-        after = evaluate_samples(model, encoder, changed, flags.max_new_tokens)
+        after = evaluate_samples(model, encoder, changed, max_new_tokens=flags.max_new_tokens)
         say(table_line(name, [before[i] for i in fitting], after))
 
 

@@ -185,7 +185,9 @@ def evaluation() -> Iterator[dict]:
     encoder.stop_ids = peers.choose_stops([c.ids for _, (c,) in said], limit)
 
     def ours(slots: int = 256) -> None:
-        found = evaluate.evaluate_samples(mine, encoder, samples, limit, slots)
+        found = evaluate.evaluate_samples(
+            mine, encoder, samples, max_new_tokens=limit, max_branches=slots
+        )
         lengths["ours"] = [prediction["n_tokens"] for prediction in found]
 
     def peer() -> None:
@@ -232,9 +234,8 @@ def update() -> Iterator[dict]:
     """A GRPO update alone: forward and backward of a group."""
     mine, row, completions, advantages = peers.group_of_16("ours")
     theirs, inputs, *_ = peers.group_of_16("peer")
-    few, trials = (completions[:4], advantages[:4]), {}
-    for n in (4, 1):
-        trials[n] = peers.their_update(theirs, inputs, *few, n)
+    few = theirs, inputs, completions[:4], advantages[:4]
+    trials = {n: peers.their_update(*few, n) for n in (4, 1)}
     micro, losses = min(trials, key=lambda n: timed(trials[n])), {}
     ours = peers.our_update(mine, row, completions, advantages)
     peer = peers.their_update(theirs, inputs, completions, advantages, micro)
@@ -323,10 +324,8 @@ def grpo_step() -> Iterator[dict]:
     optimizer = sft.make_optimizer(model, flags.lr, flags.weight_decay)
     same = dict(num_generations=16, max_completion_length=128, beta=0.0)
     same |= dict(encoder=encoder, weight_decay=flags.weight_decay)
-    for shape, goal, micros, steps in (
-        ("short", ">= 2.5", (4, 8, 32), 4),
-        ("guard", ">= 7", (2, 8), 2),
-    ):
+    shapes = ("short", ">= 2.5", (4, 8, 32), 4), ("guard", ">= 7", (2, 8), 2)
+    for shape, goal, micros, steps in shapes:
         samples = [make_sample(encoder, *SHAPES[shape], seed=seed) for seed in range(2)]
 
         def ours() -> None:
@@ -366,10 +365,8 @@ def sft_step() -> Iterator[dict]:
     work = f"SFT, {min(lengths)} to {max(lengths)} tokens, 32 a step, tiny"
     args = (work, "SFT", (2, 4, 8), sum(lengths), ">= 1.5", ours, sum(lengths) + 32, 4, {})
     yield trl_row(*args, samples=samples, encoder=encoder, max_length=None, weight_decay=0.0)
-    numbers = computed[-1], sum(lengths)
-    yield result(
-        "tokens that it computes", *numbers, "tokens", "<= 1.03", "the tokens of the samples"
-    )
+    work, numbers = "tokens that it computes", (computed[-1], sum(lengths))
+    yield result(work, *numbers, "tokens", "<= 1.03", "the tokens of the samples")
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -398,12 +395,12 @@ def loading() -> Iterator[dict]:
             with open(file, "rb") as handle:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
+    load = partial(qwen.load, str(folder))
     for state, prepare, rounds in (("from the page cache", read, 5), ("from the disk", evict, 2)):
         times = ([], [])
-        for _ in range(rounds):
-            for work, record in ((lambda: qwen.load(str(folder)), times[0]), (read, times[1])):
-                prepare()
-                record.append(timed(work))
+        for work, record in [(load, times[0]), (read, times[1])] * rounds:
+            prepare()
+            record.append(timed(work))
         a, b, note = medians(times)
         work, note = f"load {1e-9 * size:.1f} GB {state}", f"reading the files once; {note}"
         yield result(work, a, b, "s", "<= 1.3", note)
@@ -424,9 +421,7 @@ def images() -> Iterator[dict]:
     def theirs(i: int) -> dict:
         return processor(images=Image.open(files[i % 32]), return_tensors="pt")
 
-    def ours() -> list[tuple]:
-        return list(prefetch(lambda i: encoder.image(files[i % 32]), range(count)))
-
+    ours = lambda: list(prefetch(lambda i: encoder.image(files[i % 32]), range(count)))
     for i in range(4):
         (pixels, grid), want = encoder.image(files[i]), theirs(i)
         check(grid == tuple(want["image_grid_thw"][0].tolist()), "other sizes of images")
@@ -440,25 +435,18 @@ def images() -> Iterator[dict]:
 def growth() -> Iterator[dict]:
     """Our cost per token as one thing grows; the goal allows for attention, which is not linear."""
     mine, encoder = our_side("tiny")
-    axes = {
-        "completion tokens": (32, 128, 512),
-        "completions": (4, 16, 64),
-        "prompt tokens": (300, 1200, 4800),
-        "pixels of the image's side": (224, 448, 896),
-    }
+    axes = {"completion tokens": (32, 128, 512), "completions": (4, 16, 64)}
+    axes |= {"prompt tokens": (300, 1200, 4800), "pixels of the image's side": (224, 448, 896)}
+    usual = dict(zip(axes, (64, 16, 300, 224)))
     for axis, values in axes.items():
         points = {"sampling": [], "update": []}
         for value in values:
-            new, group, prompt, side = (
-                dict(zip(axes, (64, 16, 300, 224))) | {axis: value}
-            ).values()
+            new, group, prompt, side = (usual | {axis: value}).values()
             tokens = max(prompt, side * side // 784 + 200)
             row = encoder.prompt(make_sample(encoder, tokens, side, side))
             answers = [[1000 + i % 3000 for i in range(new)]] * group
-            sampled = partial(
-                qwen.generate, mine, [(0, row)], group, new, banned=encoder.banned_ids
-            )
-            works = {"sampling": lambda: list(sampled())}
+            task = mine, [(0, row)], group, new
+            works = {"sampling": lambda: list(qwen.generate(*task, banned=encoder.banned_ids))}
             works["update"] = peers.our_update(mine, row, answers, torch.randn(group))
             for what, work in works.items():
                 megabytes, count = peak_memory(work), len(row) + group * new
@@ -505,11 +493,12 @@ def about() -> str:
     names = ("torch", "transformers", "trl", "datasets", "accelerate")
     known = [name for name in names if importlib.util.find_spec(name)]
     versions = [f"{name} {importlib.import_module(name).__version__}" for name in known]
-    return (
-        f"{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads: "
-        f"{limits[torch.float32]:.0f} GFLOP/s in float32, {limits[torch.bfloat16]:.0f} in bfloat16, "
-        f"{limits['bandwidth']:.1f} GB/s; Python {platform.python_version()}, {', '.join(versions)}"
+    cpu = cpu[1] if cpu else platform.processor()
+    speed = (
+        f"{limits[torch.float32]:.0f} GFLOP/s in float32, {limits[torch.bfloat16]:.0f} in bfloat16"
     )
+    speed = f"{torch.get_num_threads()} threads: {speed}, {limits['bandwidth']:.1f} GB/s"
+    return f"{cpu}, {speed}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def cell(value: object) -> str:
@@ -520,9 +509,7 @@ def cell(value: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=ROWS, default=list(ROWS), help="what to measure"
-    )
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="of the rows")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--json", help="also write the lines to this file")
     args, lines, failed, began = parser.parse_args(), [], [], time.perf_counter()

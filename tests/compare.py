@@ -26,18 +26,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402  (the repository is importable only from here on)
-from data import InputError, option, say  # noqa: E402
-from evaluate import (  # noqa: E402
-    COLUMNS,
-    TASKS,
-    compute_metrics,
-    markdown,
-    modality,
-    read_predictions,
-    score_table,
-)
-from reward import HARMFUL, UNHARMFUL, label  # noqa: E402
+import data  # (the repository is importable only from here on)
+import evaluate
+from data import InputError, option, say
+from evaluate import COLUMNS, modality, read_predictions
+from reward import HARMFUL, UNHARMFUL, label
 
 PUBLISHED = Path(__file__).resolve().with_name("published.json")
 RESAMPLES = 4000
@@ -45,9 +38,7 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class CompareFlags:
-    predictions: list[str] = option(
-        help="files of evaluate.py; the name of this flag may be left out"
-    )
+    predictions: list[str] = option(help="files of evaluate.py; this flag's name may be left out")
     against: list[str] = option([], "other predictions: differences to them")
     release_counting: bool = option(False, "F1 also as the released scripts count it")
     published: bool = option(False, "also print the paper's F1 of the same benchmarks")
@@ -156,19 +147,18 @@ def score_by(predictions: list[dict], countings: dict[str, Counting]) -> list[di
     """The lines of evaluate.py's score_table with an F1 for every counting, all of the same draws;
     with AGAINST also the paired f1_difference, whose average is over the benchmarks that have both
     F1s."""
-    table, rng = score_table(predictions), np.random.default_rng(0)
+    table, rng = evaluate.score_table(predictions), np.random.default_rng(0)
     names = [*countings, "f1_difference"] if "f1_against" in countings else list(countings)
     benchmarks, all_f1s = [], []
     for line in table:
         task, kind = line["task"], line["modality"]
         if line["is_average"]:
-            parts = [
-                part["task"] == task and kind in (part["modality"], "all") for part in benchmarks
-            ]
-            weights = [part["n"] * is_part for part, is_part in zip(benchmarks, parts)]
+            weights = [x["n"] * (x["task"] == task) for x in benchmarks]
+            if kind != "all":
+                weights = [n * (x["modality"] == kind) for n, x in zip(weights, benchmarks)]
             f1s = weighted_mean(all_f1s, weights)
         else:
-            field, name = dict(TASKS)[task], (line["benchmark"], kind)
+            field, name = dict(evaluate.TASKS)[task], (line["benchmark"], kind)
             group = [p for p in predictions if (p["source"], modality(p)) == name]
             group = [p for p in group if p[f"{field}_label"] is not None]
             f1s = resampled_f1s(group, field, countings, rng)
@@ -188,7 +178,7 @@ def table_of(lines: list[dict], columns: list[str]) -> str:
         for name, value in line.items():
             if isinstance(value, list):
                 line[name] = f"{value[0]:.2f} to {value[1]:.2f}"
-    return markdown(shown, columns)
+    return evaluate.markdown(shown, columns)
 
 
 # ---- other predictions, and published numbers
@@ -241,8 +231,9 @@ def main(flags: CompareFlags) -> None:
 
     # 1. The table of evaluate.py, with intervals, and what --release-counting adds to it.
     released = RELEASED if flags.release_counting else {}
-    lines, metrics = score_by(predictions, OURS | released), compute_metrics(predictions)
-    results = {"compared": flags.predictions, "metrics": metrics, "lines": lines}
+    lines = score_by(predictions, OURS | released)
+    results = {"compared": flags.predictions, "lines": lines}
+    results["metrics"] = evaluate.compute_metrics(predictions)
     place = COLUMNS.index("f1") + 1
     columns = [*COLUMNS[:place], "f1_interval", *released, *COLUMNS[place:]]
     tables = [table_of(lines, columns)]
@@ -261,10 +252,8 @@ def main(flags: CompareFlags) -> None:
         columns = ["task", "benchmark", "modality", "n", "published_n", "f1", "f1_interval"]
         columns += [*released, *data.read_json(PUBLISHED)["models"]]
         found = published_lines(lines)
-        text = (
-            table_of(found, columns) if found else f"no benchmark is named as in {PUBLISHED.name}"
-        )
-        tables.append(text)
+        none = f"no benchmark is named as in {PUBLISHED.name}"
+        tables.append(table_of(found, columns) if found else none)
     if flags.out is not None:
         data.write_atomic(file, json.dumps(results, indent=1) + "\n")
     say("\n\n".join(tables))

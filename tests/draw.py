@@ -21,12 +21,11 @@ class Panel(NamedTuple):
 
     title: str
     metrics: tuple[str, ...]
-    log_scale: bool = False  # where all values are positive
 
 
 PARTS = ("format", "request_accuracy", "response_accuracy", "l_norm")
 PANELS = (
-    Panel("Loss", ("loss", "validation_loss"), True),
+    Panel("Loss", ("loss", "validation_loss")),
     Panel("Reward", ("reward", "reward_std")),
     Panel("Parts of the reward (means)", PARTS),
     Panel("Held-out F1 (%)", ("val_f1", "val_f1_prompt", "val_f1_response")),
@@ -35,7 +34,7 @@ PANELS = (
     Panel("Entropy (nats)", ("entropy",)),
     Panel("Clip range", ("clip",)),
     Panel("Share of clipped tokens", ("clipped_high", "clipped_low")),
-    Panel("Gap of sampler and trainer (nats)", ("logprob_diff_mean", "logprob_diff_max"), True),
+    Panel("Gap of sampler and trainer (nats)", ("logprob_diff_mean", "logprob_diff_max")),
     Panel("Gradient norm", ("grad_norm",)),
     Panel("Seconds per step", ("seconds", "seconds_rollout", "seconds_update")),
     Panel("Tokens per second", ("trained_tokens_per_second", "sampled_tokens_per_second")),
@@ -85,10 +84,9 @@ def outcome(outcomes: dict[str, list[dict]]) -> bytes:
 def differences(results: dict[int, claims.Result], lines: list[claims.Line]) -> bytes:
     """How each variant differs from the one it is compared with: means and 95 % intervals over the
     seeds, the variants of one claim in one colour. lines: only such as can be compared."""
-    claimed = list(dict.fromkeys(line.claim for line in lines))
+    claimed, points = list(dict.fromkeys(line.claim for line in lines)), {}
     figure = new_figure(11, 1.6 + 0.3 * len(lines))
     left, right = figure.subplots(1, 2, sharey=True)
-    points = {}
     for axes, (metric, title) in zip((left, right), DIFFERENCES.items()):
         for y, line in enumerate(lines):
             mean, half_width = claims.difference(results, line, metric)
@@ -129,12 +127,12 @@ def curves(runs: list, panels: tuple[Panel, ...]) -> bytes:
     """The curves of runs, up to three panels a line: a colour for each variant, a line style for
     each metric of a panel. Runs whose folders have the same name are several seeds of one variant.
     InputError if no run has any of the metrics."""
+    drawn = lambda run, panel: any(series(run, metric) for metric in panel.metrics)
+    members = [run for run in runs if any(drawn(run, panel) for panel in panels)]
+    panels = [panel for panel in panels if any(drawn(run, panel) for run in members)]
     variants: dict[str, list] = {}
-    for run in runs:
-        if any(series(run, metric) for panel in panels for metric in panel.metrics):
-            variants.setdefault(run.folder.name, []).append(run)
-    members = sum(variants.values(), [])
-    panels = [p for p in panels if any(series(run, m) for m in p.metrics for run in members)]
+    for run in members:
+        variants.setdefault(run.folder.name, []).append(run)
     if not panels:
         raise data.InputError("there is nothing to draw in the metrics.jsonl of these runs")
     columns, lines = min(3, len(panels)), math.ceil(len(panels) / 3)
@@ -149,12 +147,10 @@ def curves(runs: list, panels: tuple[Panel, ...]) -> bytes:
                 axes.plot([], [], color="black", linestyle=style, label=metric)
                 axes.legend(fontsize=7)
         axes.set_title(panel.title, fontsize=10)
-        lowest = min(min(line.get_ydata(), default=1) for line in axes.get_lines())
-        axes.set_yscale("log" if panel.log_scale and lowest > 0 else "linear")
         axes.grid(alpha=0.25)
     handles = []
     for i, (name, of_variant) in enumerate(variants.items()):
-        label = name + (f" ({len(of_variant)} runs)" if len(of_variant) > 1 else "")
+        label = f"{name} ({len(of_variant)})" if len(of_variant) > 1 else name
         handles += axes.plot([], [], color=f"C{i % 10}", label=label)
     figure.legend(handles=handles, loc="outside upper center", ncols=6, fontsize=9)
     return png(figure)

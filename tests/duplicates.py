@@ -83,6 +83,8 @@ def main(flags: DuplicateFlags) -> None:
             if sample.image:
                 image = data.place_image(sample.image, sample.folder, folder)
                 kept[i] = replace(sample, image=image)
+        if Path(flags.drop).exists() and Path(flags.drop).read_bytes() != data.json_lines(kept):
+            raise data.InputError(f"{flags.drop} is there, with other rows; choose another --drop")
         data.write_samples(flags.drop, kept)
 
 

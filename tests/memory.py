@@ -5,16 +5,13 @@ In:  the default flags of the stages and the sizes of the 3B and the 7B model; n
 Out: a table of GiB on each card, for one card and several, and what fits.
 
 Forward and backward passes and `generate` run as the code stands, in bfloat16, with weights that have
-a shape and no contents (FakeTensorMode), while a Ledger counts the bytes that are alive: activations
-of a packed row, the head in float32 with its chunks of 1,024 tokens, gradients, prefills and decode
-steps. Arithmetic adds what such a run cannot show:
+a shape and no contents (FakeTensorMode), while a Ledger counts the bytes that are alive. Arithmetic
+adds what such a run cannot show:
 - weights, gradients and AdamW's moments: 16 bytes for a parameter that trains, 4 for a frozen one;
 - several ranks (FSDP2): these bytes / ranks, and what is whole for a time (see `update`);
 - sampling: the caches, at their worst case or as far as the sampler's share of free memory allows.
-
-What is assumed: every prompt has a picture of the largest size and 1,200 tokens, an answer has 300;
-rows are as full as --pack-tokens allows. Not in it: what the kernels of a card take for themselves,
-and that CUDA's autocast computes norms in float32.
+Not in it: what the kernels of a card take for themselves, and that CUDA's autocast computes norms in
+float32.
 
     python tests/memory.py      # some two minutes
 """
@@ -102,21 +99,19 @@ def card() -> Iterator[Ledger]:
             yield ledger
 
 
-def build(config: Config, dtype: torch.dtype) -> QwenVL:
-    """The model with weights that have no contents."""
-    with torch.device("meta"):
-        model = QwenVL(config).to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return model.to_empty(device="cpu")
-
-
-@cache
 def outline(config: Config, freeze: tuple[str, ...] = ()) -> QwenVL:
     """The model as shapes only, with what is frozen."""
     with torch.device("meta"):
         model = QwenVL(config)
     sft.freeze(model, freeze)
     return model
+
+
+def build(config: Config, dtype: torch.dtype, freeze: tuple[str, ...] = ()) -> QwenVL:
+    """The model with weights that have no contents."""
+    model = outline(config, freeze).to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return model.to_empty(device="cpu")
 
 
 def sizes(module: torch.nn.Module, trained: bool = False) -> int:
@@ -134,6 +129,9 @@ class Traffic:
     prompt: int = 1200  # tokens, those of the picture included
     answer: int = 300  # tokens of an SFT target, or of a completion
     side: int = 756  # pixels of the square picture (SFT's default of --max-pixels); 0: none
+
+
+TYPICAL = Traffic()
 
 
 def prompt_row(config: Config, traffic: Traffic, tokens: int = 0) -> Row:
@@ -165,26 +163,19 @@ def packed_row(config: Config, traffic: Traffic, flags) -> Row:
 # ------------------------------------------------------------------------------ training
 
 
-def hashable(flags):
-    """The flags with tuples for lists, so that what is computed from them can be remembered."""
-    lists = {name: tuple(x) for name, x in vars(flags).items() if isinstance(x, list)}
-    return replace(flags, **lists)
-
-
 @cache
 def row_work(config: Config, traffic: Traffic, flags, sharded: bool) -> int:
     """Bytes that forward and backward of a row take beside float32 weights, gradients and moments;
     sharded: beside the weights in the compute type, whose gradients are gone with their block."""
     with card() as ledger:
-        model = build(config, COMPUTE if sharded else torch.float32)
-        sft.freeze(model, flags.freeze)
+        model = build(config, COMPUTE if sharded else torch.float32, flags.freeze)
         model.checkpointing = model.visual.checkpointing = flags.checkpointing
         model.compute, model.sharded = COMPUTE, sharded
-        for parameter in model.parameters():
-            if parameter.requires_grad and sharded:
-                drop = lambda parameter: setattr(parameter, "grad", None)  # FSDP2 has reduced it
+        drop = lambda parameter: setattr(parameter, "grad", None)  # FSDP2 has reduced it
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            if sharded:
                 parameter.register_post_accumulate_grad_hook(drop)
-            elif parameter.requires_grad:
+            else:
                 parameter.grad = torch.zeros_like(parameter)
         row = packed_row(config, traffic, flags)
         before = ledger.reset()
@@ -195,14 +186,10 @@ def row_work(config: Config, traffic: Traffic, flags, sharded: bool) -> int:
 
 def update(config: Config, traffic: Traffic, flags, world: int) -> tuple[int, int]:
     """Bytes of an optimizer step on each of `world` ranks: resident (weights, gradients, moments),
-    and work.
-
-    FSDP2 has whole, in the compute type: the root group from the forward to the end of the step,
-    and three blocks (the one at work, the next, which is gathered ahead, and the buffer that it is
-    gathered into). Reduced in float32: the gradients of two blocks while the backward pass runs
-    and, when the activations are gone, those of the root group.
-    """
-    flags = hashable(flags)
+    and work. FSDP2 has whole, in the compute type: the root group, and three blocks (the one at work,
+    the next, and the buffer that it is gathered into). Reduced in float32: the gradients of two blocks
+    while the backward pass runs and, when the activations are gone, those of the root group."""
+    flags = replace(flags, freeze=tuple(flags.freeze), data=(), validation=())  # to be hashed
     model = outline(config, flags.freeze)
     resident = -(-(4 * sizes(model) + 12 * sizes(model, trained=True)) // world)
     work = row_work(config, traffic, flags, sharded=world > 1)
@@ -249,10 +236,9 @@ def sampling_work(
 
 
 def rollout(config: Config, traffic: Traffic, flags, n: int) -> dict[str, int]:
-    """Bytes while sampling n completions a prompt: the weights, with the head once more in float32;
-    prefill and decode, beside the caches, while prompts are encoded and in a step; the caches of the
-    prompts, and with all that the branches may write; and the least of caches that has to be there:
-    of one prompt, the longest, with its branches."""
+    """Bytes while sampling n completions a prompt: weights, with the head once more in float32; work of
+    prefill and decode beside the caches; the caches of the prompts, and with all that the branches may
+    write; and the least of caches: of one prompt, the longest, with its branches."""
     model, prompts = outline(config), max(1, flags.max_branches // n)
     how = n, flags.temperature, flags.top_p
     together = min(prompts, math.ceil(qwen.PREFILL_TOKENS / traffic.prompt))
@@ -270,7 +256,6 @@ def rollout(config: Config, traffic: Traffic, flags, n: int) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------ the table
 
-TYPICAL = Traffic()
 STAGES = {"sft": SFTFlags, "augment": AugmentFlags, "grpo rollout": GRPOFlags}
 STAGES |= {"grpo update": GRPOFlags, "evaluate": EvaluateFlags}
 PLACES = (("80 GB", 1), ("80 GB", 2), ("80 GB", 4), ("80 GB", 8), ("24 GB", 1))
@@ -278,14 +263,13 @@ PLACES = (("80 GB", 1), ("80 GB", 2), ("80 GB", 4), ("80 GB", 8), ("24 GB", 1))
 FASTER = dict(checkpointing=False, pack_tokens=8192), ", `--no-checkpointing --pack-tokens 8192`"
 
 
-def sampling(config: Config, flags, resident: float, card_size: float) -> tuple[float, float]:
-    """Peak in GiB, and the same with all caches at their worst case. Caches take what they can use
-    of model.CACHE_SHARE of the memory that is free before, but always hold one prompt. Work comes on
-    top: prompts are encoded while the caches of others are full, and when branches are dropped a
-    layer of the caches is there three times. resident: GiB that are there for training."""
+def sampling(config: Config, flags, training: float, card_size: float) -> tuple[float, float]:
+    """Peak in GiB, and the same with all caches at their worst case. Caches take up to
+    model.CACHE_SHARE of the memory that is free before, but always hold one prompt. Work comes on top;
+    when branches are dropped a layer of the caches is there three times. training: its GiB."""
     n = getattr(flags, "group", getattr(flags, "samples", 1))
     found = {name: size / GIB for name, size in rollout(config, TYPICAL, flags, n).items()}
-    fixed = resident + found["weights"]
+    fixed = training + found["weights"]
     share = qwen.CACHE_SHARE * (card_size - CONTEXT - fixed)
     held = max(min(found["caches"], share), found["least"])
     dropping = 2 * held / config.num_hidden_layers
@@ -304,8 +288,8 @@ def cell(config: Config, stage: str, card_name: str, ranks: int, more: dict) -> 
         peak = wanted = sum(update(config, TYPICAL, flags, ranks)) / GIB
     else:
         # During a rollout there are no gradients: float32 weights and two moments.
-        resident = 12 * sizes(outline(config)) / ranks / GIB if stage == "grpo rollout" else 0.0
-        peak, wanted = sampling(config, flags, resident, card_size)
+        training = 12 * sizes(outline(config)) / ranks / GIB if stage == "grpo rollout" else 0.0
+        peak, wanted = sampling(config, flags, training, card_size)
     text = f"{peak:.1f}" + f" ({wanted:.0f})" * (wanted > peak)
     return text if peak <= card_size - RESERVE[trains] else f"**{text}**"
 

@@ -199,13 +199,13 @@ def make_sample(
 def choose_stops(said: list[list[int]], limit: int) -> list[int]:
     """Stop tokens under which outputs that say this end at widely different lengths, at a quarter of the limit in
     the mean: the best of many random sets."""
-    rng, tokens, found = random.Random(0), sorted({token for ids in said for token in ids}), []
+    rng, tokens = random.Random(0), sorted({token for ids in said for token in ids})
+    sets = []
     for _ in range(200):
         size = min(len(tokens), rng.choice((4, 8, 16, 32, 64, 128)))
-        stops = sorted(set(rng.sample(tokens, size)))
-        mean = statistics.mean(length_of(ids, stops) for ids in said)
-        found.append((abs(mean - limit / 4), stops))
-    return min(found)[1]
+        sets.append(sorted(set(rng.sample(tokens, size))))
+    mean = lambda stops: statistics.mean(length_of(ids, stops) for ids in said)
+    return min(sets, key=lambda stops: (abs(mean(stops) - limit / 4), stops))
 
 
 def length_of(ids: list[int], stops) -> int:
@@ -215,17 +215,13 @@ def length_of(ids: list[int], stops) -> int:
 def forward_flops(model: QwenVL, row: Row) -> float:
     """Multiplications and additions with the weights (not those of attention itself) of one forward."""
 
-    def size(module) -> int:
-        return sum(p.numel() for p in module.parameters() if p.dim() > 1)
-
+    size = lambda module: sum(p.numel() for p in module.parameters() if p.dim() > 1)
     vision = (size(model.visual.blocks) + size(model.visual.merger) / 4) * len(row.pixels)
     decoder = size(model.model.layers) * len(row)
     return 2.0 * (vision + decoder + model.head.numel() * int(row.supervised.sum()))
 
 
-def our_update(
-    model: QwenVL, row: Row, completions: list[list[int]], advantages: Tensor
-) -> Callable:
+def our_update(model: QwenVL, row: Row, completions: list, advantages: Tensor) -> Callable:
     """Forward and backward of one group as in grpo.update_policy: a packed row, Eq. (6)."""
     packed = row.extend(completions)
     spread = advantages.repeat_interleave(torch.tensor([len(c) for c in completions]))
@@ -241,7 +237,7 @@ def our_update(
 
 
 def their_update(
-    model, inputs: dict, completions: list[list[int]], advantages: Tensor, micro: int
+    model, inputs: dict, completions: list, advantages: Tensor, micro: int
 ) -> Callable:
     """The same on `micro` padded copies of prompt and completion at a time, alike in length, with logits for the
     completions only."""

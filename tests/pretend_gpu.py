@@ -1,9 +1,9 @@
 """A pretend GPU: a torch device that computes on the CPU but keeps the rules of CUDA, and counts.
 
-What a CPU does not show about code for a GPU is what CUDA refuses (operations that mix devices) and
-what costs time there: every launch of a kernel, and every wait of the host for the device. This file
-registers a device named "pretend". A tensor there says that it is on CUDA (`is_cuda`), so that code
-takes its ways for CUDA; its `held` is a CPU tensor, and every operator computes on what is held.
+A CPU does not show what CUDA refuses (operations that mix devices), nor what costs time there:
+every launch of a kernel, and every wait of the host for the device. This file registers a device
+named "pretend". A tensor there says that it is on CUDA (`is_cuda`), so that code takes its ways for
+CUDA; its `held` is a CPU tensor, and every operator computes on what is held.
 
 Rules, those of CUDA:
 - an operator takes tensors of one device. Excepted are a CPU tensor without dimensions (it goes
@@ -13,10 +13,8 @@ Rules, those of CUDA:
 - autocast casts as on CUDA, for the operators that this repository uses.
 
 Counted, by the line of this repository that asked for it (the innermost one outside of torch):
-- a launch is one operator below autograd that is neither a view nor a mere allocation. On CUDA some
-  operators launch several kernels (a sort, a cumulative sum, an indexed write), so this is a lower
-  bound, made to be compared between versions of the code. The forward pass of a fused norm and of
-  attention counts one, whatever it is made of here;
+- a launch is one operator below autograd that is neither a view nor a mere allocation: a lower
+  bound, since some operators launch several kernels on CUDA. A fused norm and attention count one;
 - a wait is one operator after which the host cannot go on before the device has finished: a number
   or a copy brought to the host, a shape that depends on values (nonzero, a boolean index, unique
   ...), and a copy to the device that is not non_blocking (an index on the CPU is one).
@@ -124,23 +122,21 @@ def on_cpu(value) -> bool:
     return plain and value.device.type == "cpu" and value.dim() > 0
 
 
+def refuse(operator, why: str) -> None:
+    raise Refused(f"{place()}: {operator}: {why}")
+
+
 def check(operator, name: str, args: tuple, kwargs: dict) -> None:
     """Refused for what CUDA refuses; CPU indices, which CUDA copies over by itself, are counted."""
-
-    def refuse(why: str) -> None:
-        raise Refused(f"{place()}: {operator}: {why}")
-
     if name.startswith("_varlen_attn") and args[0].dtype not in HALF:
-        refuse(f"no kernel for {args[0].dtype}")
-    indices = []
-    if name in INDEXES and isinstance(args[0], Pretend):
-        indices = args[1]
+        refuse(operator, f"no kernel for {args[0].dtype}")
+    indices = args[1] if name in INDEXES and isinstance(args[0], Pretend) else []
     for index in filter(on_cpu, indices):
         note("launches", f"copy for {name}")
         note("waits", f"copy for {name}")
     for value in _pytree.tree_leaves((args, kwargs)):
         if on_cpu(value) and not any(value is index for index in indices):
-            refuse(f"a CPU tensor of shape {list(value.shape)} beside tensors on {NAME}")
+            refuse(operator, f"a CPU tensor of shape {list(value.shape)} beside those on {NAME}")
 
 
 def count(operator, name: str, args: tuple, kwargs: dict) -> None:
@@ -155,10 +151,8 @@ def count(operator, name: str, args: tuple, kwargs: dict) -> None:
 
 def count_copy(source, to_device: bool, non_blocking: bool) -> None:
     """Count the wait that a copy is: to the host always, to the device unless non_blocking."""
-    if not to_device:
-        note("waits", "copy to the host")
-    elif not isinstance(source, Pretend) and not non_blocking:
-        note("waits", "copy to the device")
+    if not to_device or not isinstance(source, Pretend) and not non_blocking:
+        note("waits", "copy to the device" if to_device else "copy to the host")
 
 
 # ------------------------------------------------------------------------------ the tensors
@@ -176,9 +170,6 @@ class Pretend(Tensor):
         made = Tensor._make_wrapper_subclass(cls, held.shape, **how)
         made.held = held
         return made
-
-    def __repr__(self) -> str:
-        return f"Pretend({self.held})"
 
     def tolist(self):
         return self.cpu().tolist()  # torch does not do that for tensors of another class
@@ -207,7 +198,7 @@ def compute(operator, args: tuple, kwargs: dict):
     name = name_of(operator)
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type == "cpu":
-        raise Refused(f"{place()}: {operator}: a generator of the CPU for numbers on {NAME}")
+        refuse(operator, f"a generator of the CPU for numbers on {NAME}")
     if takes_part and name not in COPIES:
         check(operator, name, args, kwargs)
     count(operator, name, args, kwargs)
@@ -229,8 +220,7 @@ def compute(operator, args: tuple, kwargs: dict):
 
 
 class Operators(TorchDispatchMode):
-    """Sends every operator to `compute`: factories and copies to the device take no tensor of it,
-    so that the tensors alone would not see them."""
+    """Sends every operator to `compute`, factories and copies to the device as well."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         return compute(operator, args, kwargs or {})

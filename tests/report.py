@@ -15,7 +15,6 @@ stands beside an output only if the data still are what the run has read. Damage
     python tests/report.py --packed-row tests/figures/packed_row.png
 """
 
-import argparse
 import base64
 import io
 import json
@@ -30,12 +29,13 @@ from string import Template
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import compare  # noqa: E402
-import draw  # noqa: E402
+import compare
+import draw
 
-import data  # noqa: E402  (the repository is importable only from here on)
-import evaluate  # noqa: E402
-from reward import HARMFUL, UNHARMFUL, parse  # noqa: E402
+import data
+import evaluate
+from data import option
+from reward import HARMFUL, UNHARMFUL, parse
 
 MAX_CARDS = 60  # exchanges that the page shows of one run
 CHANGED = "the run's data are not found, or have changed"
@@ -137,8 +137,11 @@ def trained_samples(run: Run) -> tuple[dict[str, data.Sample | None], bool]:
         files = [root / str(name) for name in flags["data"] + flags["validation"]]
         if all(file.is_file() for file in files):
             samples = [samples_in(file) for file in files]
-            now = data.fingerprint(str(run.folder), files, samples=sum(samples, []))
-            if all(before.get(name) == now[name] for name in now if name.startswith("data/")):
+            count = len(flags["data"])
+            read = {"data": files[:count], "validation": files[count:]}
+            now = data.fingerprint(str(run.folder), read, sum(samples, []))
+            names = [name for name in now if name.startswith(("data/", "validation/"))]
+            if all(before.get(name) == now[name] for name in names):
                 found = {}
                 for sample in sum(samples[: len(flags["data"])], []):
                     found[sample.id] = None if sample.id in found else sample
@@ -218,11 +221,9 @@ def shown_output(output: dict, record: dict) -> dict:
     return {"verdict": verdict, "notes": lines, "text": excerpt(output["output"])}
 
 
-def shown_card(
-    run: str, where: str, record: dict, exchange: dict | None, sample: data.Sample | None
-) -> dict:
+def shown_card(run: str, where: str, record: dict, exchange: dict | None, sample) -> dict:
     """One exchange and the outputs about it: a group of rollouts, or a single prediction. exchange:
-    None if it is not known; sample: None if its image is not known."""
+    None if it is not known; sample: the data.Sample that holds its image, None if not known."""
     outputs = [shown_output(output, record) for output in record.get("outputs", [record])]
     card = {"run": run, "where": where, "id": record["id"], "image": None, "outputs": outputs}
     if exchange is None:
@@ -310,41 +311,42 @@ def page(runs: list[Run], outcomes: dict[str, list[dict]], figures: dict[str, by
     return frame.substitute(nonce=secrets.token_hex(16), content=safe)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="*", metavar="DIR", help="of a run, as it was its --out")
-    parser.add_argument("--out", help="write the page, an HTML file")
-    parser.add_argument("--curves", help="write reward, F1 and tokens over steps, a PNG file")
-    parser.add_argument("--exchange", help="write one prediction with its exchange, a PNG file")
-    parser.add_argument("--id", help="of that prediction")
-    parser.add_argument("--packed-row", help="write who sees whom in a packed row, a PNG file")
-    args = parser.parse_args(arguments)
-    if not args.packed_row and not (args.folders and (args.out or args.curves or args.exchange)):
-        parser.error("want DIR and --out, --curves or --exchange, or want --packed-row")
-    files = {}
-    try:
-        runs = read_runs(args.folders)
-        sys.stderr.writelines(f"{line}\n" for run in runs for line in run.damaged)
-        if args.out:
-            outcomes = outcomes_of(runs)
-            files[args.out] = page(runs, outcomes, draw.page_figures(runs, outcomes))
-        if args.curves:
-            files[args.curves] = draw.curves(runs, draw.README_PANELS)
-        if args.exchange:
-            found = [(run, p) for run in runs for p in run.predictions if p["id"] == args.id]
-            if not found:
-                raise data.InputError("these folders hold no prediction with the --id")
-            (run, p), *_ = found
-            files[args.exchange] = draw.exchange(p, judged_samples(run).get(p["key"]))
-        if args.packed_row:
-            files[args.packed_row] = draw.packed_row()
-        for path, content in files.items():
-            data.write_atomic(path, content)
-            print(f"{path}: written, {len(content) / 1e6:.1f} MB")
-    except (data.InputError, OSError) as error:
-        print(data.printable(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+@dataclass(frozen=True)
+class ReportFlags:
+    folders: list[str] = option([], "--out of runs; the name of this flag may be left out")
+    out: str | None = option(None, "write the page, an HTML file")
+    curves: str | None = option(None, "write reward, F1 and tokens over steps, a PNG file")
+    exchange: str | None = option(None, "write one prediction with its exchange, a PNG file")
+    id: str | None = option(None, "of that prediction")
+    packed_row: str | None = option(None, "write who sees whom in a packed row, a PNG file")
+
+
+def main(flags: ReportFlags) -> None:
+    """Write what is asked for. InputError if it cannot be made; then nothing is written."""
+    files, runs = {}, read_runs(flags.folders)
+    for line in sum((run.damaged for run in runs), []):
+        print(line, file=sys.stderr)
+    if flags.out:
+        outcomes = outcomes_of(runs)
+        files[flags.out] = page(runs, outcomes, draw.page_figures(runs, outcomes))
+    if flags.curves:
+        files[flags.curves] = draw.curves(runs, draw.README_PANELS)
+    if flags.exchange:
+        found = [(run, p) for run in runs for p in run.predictions if p["id"] == flags.id]
+        if not found:
+            raise data.InputError("these folders hold no prediction with the --id")
+        (run, p), *_ = found
+        files[flags.exchange] = draw.exchange(p, judged_samples(run).get(p["key"]))
+    if flags.packed_row:
+        files[flags.packed_row] = draw.packed_row()
+    if not files:
+        raise data.InputError("want DIR and --out, --curves or --exchange, or want --packed-row")
+    for path, content in files.items():
+        data.write_atomic(path, content)
+        data.say(f"{path}: written, {len(content) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--folders")
+    data.cli(ReportFlags, main)

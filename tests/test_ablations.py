@@ -3,43 +3,27 @@
 python -m pytest tests/test_ablations.py
 """
 
-import importlib.util
 import json
 import subprocess
-import sys
-from itertools import groupby
 from pathlib import Path
 
 import ablations
 import claims
-import draw
 import pytest
 import toy
 from ablations import Stage
 
 import data
-from data import InputError
-
-STAGE = """
-import sys, time
-for text in ("loaded\\n", "\\rsampling 50%", "\\r            \\r", "step 1/1\\n", "\\rsampling 7%"):
-    sys.stderr.write(text)
-    time.sleep(0.5)
-sys.stderr.write("\\r            \\rdone\\n")
-"""
 
 
 def test_the_newest_line_is_shown_from_time_to_time(tmp_path, capsys):
-    (tmp_path / "stage.py").write_text(STAGE)
-    stage = Stage("name", tmp_path, "stage.py --flag", sources=tmp_path)
-    ablations.run_all([stage], every=0.1)
-    assert stage.log.read_text() == "loaded\nstep 1/1\ndone\n"  # no frame of the bar
-    _, command, *live, last_but_one, last, _ = capsys.readouterr().out.splitlines()
-    assert command == "$ python stage.py --flag" and (last_but_one, last) == ("step 1/1", "done ")
-    texts = [text for text, _ in groupby(line.partition(" s  name: ")[2] for line in live)]
-    # When the bar is gone, the last whole line again; and no bar in place of a step.
-    texts = [text for text in texts if text not in ("starting", "done")]
-    assert texts == ["loaded", "sampling 50%", "loaded", "step 1/1"]
+    text = "import time\nfor i in (1, 2): print('step', i), time.sleep(1)"
+    (tmp_path / "stage.py").write_text(text)
+    ablations.run_all([Stage("name", tmp_path, "stage.py --flag", sources=tmp_path)], every=0.1)
+    _, command, *live, first, second, _ = capsys.readouterr().out.splitlines()
+    assert command == "$ python stage.py --flag" and (first, second) == ("step 1", "step 2 ")
+    shown = [line.partition(" s  name: ")[2] for line in live]
+    assert list(dict.fromkeys(["starting", *shown])) == ["starting", "step 1", "step 2"]
 
 
 def test_a_stage_that_fails_ends_the_others_and_leaves_no_record(tmp_path, capsys):
@@ -79,14 +63,12 @@ def test_the_stages_of_a_seed():
     stages = ablations.stages_of(31, Path("/out"), plain, alone=False)
     listed = list(stages)
     for name, stage in stages.items():
-        assert stage.name == name and stage.threads == 1
         assert all(listed.index(need.name) < listed.index(name) for need in stage.needs)
         assert "--seed 31" in stage.command
     assert {need.name for need in stages["grpo"].needs} == {"sft", "rl"}
     assert {need.name for need in stages["control"].needs} == {"sft", "world"}
     assert stages["rl-random"].copied[0] == Path("/out/seed-31/rl.jsonl.parts")
-    flags = [word for word in stages["rl-random"].command.split() if word.startswith("--")]
-    assert len(flags) == len(set(flags)) and "--random-share 1 " in stages["rl-random"].command
+    assert stages["rl-random"].command.count("--random-share 1 ") == 1
 
 
 def test_training_seconds_count_mining_but_not_the_first_sft(tmp_path):
@@ -107,36 +89,6 @@ def test_a_fork_applies_to_the_lines_that_it_names_and_is_used(diff):
     assert diff.stem in {variant.name for variant in ablations.VARIANTS if variant.fork}
 
 
-def test_a_diff_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations, "FORKS", tmp_path)
-    text = "--- a/grpo.py\n+++ b/grpo.py\n@@ -1,1 +1,1 @@\n-gone\n+new\n"
-    (tmp_path / "old.diff").write_text(text)
-    with pytest.raises(InputError, match="old.diff does not apply"):
-        ablations.forked("old", tmp_path / "fork")
-
-
-def fork_of(name: str, module: str, folder: Path):
-    """A changed copy of a module, which itself imports the sources as they are."""
-    path = ablations.forked(name, folder / name) / f"{module}.py"
-    spec = importlib.util.spec_from_file_location(f"forked_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_what_the_forks_compute_by_hand(tmp_path):
-    output = "<think>\n{}\n</think>\n\n<result>\nRequest: harmful\nResponse: harmful\n</result>"
-    score = fork_of("accuracy-only", "reward", tmp_path).score
-    for text in ("short", "long " * 50):  # half right, at any length
-        assert score(output.format(text), "harmful", "unharmful", len).total == -0.5
-
-    encoder = fork_of("labels-only", "data", tmp_path).Encoder
-    sample = data.Sample("a", "toy", "?", None, None, "harmful", None, "a chain")
-    target = encoder.target_text(sample)
-    assert target.startswith("<result>") and "Request: harmful" in target
-
-
 def test_an_interval_by_hand():
     # 1, 2, 3: mean 2, standard deviation 1, t of two degrees of freedom 4.303; over sqrt(3): 2.484
     assert claims.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(2.484, abs=1e-3))
@@ -146,10 +98,9 @@ def test_an_interval_by_hand():
 
 
 def test_scores_by_hand(tmp_path):
-    several = toy.several_items("test", 31, toy.SIZES["test"])
-    ids = [toy.sample_id("test", i) for i in range(90)]
-    hard = [name for name in ids if name in several][:2]
-    easy = [name for name in ids if name not in several][:2]
+    several = sorted(toy.several_items("test", 31, toy.SIZES["test"]))
+    hard = several[:2]
+    easy = [name for name in map(toy.sample_id, ["test"] * 90, range(90)) if name not in several]
 
     def prediction(name: str, said: str, recaps: int) -> dict:
         found = {"id": name, "source": "toy", "request": "?", "image": None, "format_ok": True}
@@ -158,7 +109,7 @@ def test_scores_by_hand(tmp_path):
         return found | {"output": "1. a\n2. all of it: fine\n" * recaps}
 
     records = [prediction(hard[0], "harmful", 2), prediction(hard[1], "unharmful", 1)]
-    records += [prediction(name, "harmful", 0) for name in easy]
+    records += [prediction(name, "harmful", 0) for name in easy[:2]]
     data.write_samples(tmp_path / "predictions.jsonl", records)
     found = claims.scores(tmp_path / "predictions.jsonl", 31)
     assert found["f1"] == pytest.approx(100 * 6 / 7)  # tp 3, fn 1: 2 * 3 / (2 * 3 + 1)
@@ -170,49 +121,34 @@ def test_scores_by_hand(tmp_path):
 
 
 def test_a_course_by_hand(tmp_path):
-    steps = [
-        {"tokens": 10.0 * i, "entropy": 0.5, "clipped_high": 0.01 * i, "clipped_low": 0.01}
-        for i in range(1, 9)
-    ]
+    same = {"entropy": 0.5, "clipped_low": 0.01}
+    steps = [same | {"tokens": 10.0 * i, "clipped_high": 0.01 * i} for i in range(1, 9)]
     data.write_samples(tmp_path / "metrics.jsonl", steps)
     found = claims.course(tmp_path / "metrics.jsonl")
     assert found["tokens"] == [15.0, 35.0, 55.0, 75.0] and found["entropy"] == [0.5] * 4
     assert found["clipped"] == pytest.approx([0.025, 0.045, 0.065, 0.085])
 
 
-@pytest.fixture
-def results() -> dict[int, claims.Result]:
+def test_the_tables():
     def result(sft: float, grpo: float | None) -> claims.Result:
         scores = {"sft": {"f1": sft, "f1_text": sft, "mean_tokens": 50.0, "seconds": 100.0}}
         if grpo is not None:
             scores["grpo"] = {"f1": grpo, "f1_text": grpo, "mean_tokens": 60.0, "seconds": 20.0}
         return claims.Result(scores, {"grpo": dict.fromkeys(claims.COURSE, [1.0, 2.0])})
 
-    return {31: result(80.0, 91.0), 32: result(82.0, 94.0), 33: result(84.0, None)}
-
-
-def test_the_tables(results):
-    lines = [claims.Line("RL helps", "sft", "grpo"), claims.Line("RL helps", "grpo", "grpo")]
+    results = {31: result(80.0, 91.0), 32: result(82.0, 94.0), 33: result(84.0, None)}
+    lines = [claims.Line("RL helps", name, "grpo") for name in ("sft", "control", "grpo")]
     header, _, *rows = claims.table_of_claims(results, lines).splitlines()
-    sft, grpo = (dict(zip(header.split(" | "), row.split(" | "))) for row in rows)
+    sft, _, grpo = (dict(zip(header.split(" | "), row.split(" | "))) for row in rows)
     assert sft["f1"] == "82.0 ± 5.0" and sft["seeds"] == "3"
     # -11 and -12 in the seeds that both have: 12.706 * 0.7071 / 1.4142 = 6.4
     assert sft["f1, difference"] == "-11.5 ± 6.4" and sft["against"] == "grpo"
     assert grpo["f1, difference"] == "-" and grpo["seeds"] == "2"
-    *_, sft, grpo = claims.table_of_parts(results, lines).splitlines()
+    assert rows[1] == "|  | control | 0 | - | - | - | grpo | - | - | - |"  # has not ended
+    *_, sft, _, grpo = claims.table_of_parts(results, lines).splitlines()
     assert "| 82.0 ± 5.0 (-11.5 ± 6.4) |" in sft and "| 92.5 ± 19.1 |" in grpo
     assert "| grpo | 32 | 94.0 |" in claims.table_of_seeds(results, lines)
     assert "| grpo | 1.0, 2.0 | 1.000, 2.000 |" in claims.table_of_courses(results, lines)
-
-
-def test_the_figure_of_differences(results, monkeypatch):
-    monkeypatch.setattr(draw, "png", lambda figure: figure)
-    figure = draw.differences(results, [claims.Line("RL helps", "sft", "grpo")])
-    wanted = [(-11.5, -11.5 - 6.353, -11.5 + 6.353), (-10.0, -10.0, -10.0)]  # of F1, of tokens
-    for axes, points in zip(figure.axes, wanted):
-        marker, _, (bar,) = axes.containers[0].lines
-        ((low, _), (high, _)) = bar.get_segments()[0]
-        assert (marker.get_xdata()[0], low, high) == pytest.approx(points, abs=1e-3)
 
 
 def test_what_eco_saves_by_hand():
@@ -222,9 +158,3 @@ def test_what_eco_saves_by_hand():
     # 10, 20 and 15 %: as far apart as 1, 2, 3 above, times 5
     results = {1: result(45.0, 50.0), 2: result(40.0, 50.0), 3: result(51.0, 60.0)}
     assert claims.saving_note(results) == "Eco needs 15.0 ± 12.4 % fewer tokens than grpo."
-
-
-def test_tables_of_a_study_that_has_not_ended(results):
-    lines = [claims.Line("RL helps", name, "grpo") for name in ("sft", "control", "grpo")]
-    report = claims.report(results | {34: claims.Result({}, {})}, lines)
-    assert "|  | control | 0 | - | - | - | grpo | - | - | - |" in report and "| 34 |" not in report

@@ -17,7 +17,7 @@ from PIL import Image
 import augment
 import evaluate
 from augment import AugmentFlags, concatenate, concatenations, either, is_right, merge_images
-from data import Encoder, InputError, Sample, lock, read_samples
+from data import Encoder, InputError, Sample, lock, read_samples, write_samples
 
 LABELS = ("harmful", "unharmful", None)
 
@@ -105,14 +105,6 @@ def test_labels_of_every_pair_in_every_order(request_first, request_second, firs
         assert (joined.response is None) == (not present)
 
 
-def test_harm_in_the_second_sample_is_found():
-    # The release graded a joined row against its first half.
-    benign, harmful = (sample(label, label, label, "x") for label in ("unharmful", "harmful"))
-    joined = concatenate(benign, harmful)
-    assert is_right(output("harmful", "harmful"), joined)
-    assert not is_right(output("unharmful", "unharmful"), joined)
-
-
 def test_texts_are_joined_in_order_and_parents_recorded():
     joined = concatenate(sample("a", response=" One. "), sample("b", response="Two."))
     assert (joined.request, joined.response) == ("ask a ask b", "One. Two.")
@@ -140,18 +132,12 @@ def test_a_large_merge_shrinks_to_the_canvas_and_a_small_one_does_not_grow():
         assert merge_images(Image.new("RGB", size), Image.new("RGB", size)).size == merged
 
 
-@pytest.fixture
-def pictures(tmp_path) -> list[Sample]:
-    """a and b have pictures, a no text, c no picture."""
+def test_two_pictures_become_one_and_one_stays_itself(tmp_path):
     Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png")
     Image.new("RGB", (4, 6), "blue").save(tmp_path / "b.png")
     a = sample("a", "harmful", request="", folder=tmp_path, image="a.png")
     b = sample("b", "harmful", folder=tmp_path, image="b.png")
-    return [a, b, sample("c", "harmful", folder=tmp_path)]
-
-
-def test_two_pictures_become_one_and_one_stays_itself(pictures):
-    a, b, c = pictures
+    c = sample("c", "harmful", folder=tmp_path)
     both = concatenate(a, b)
     assert both.image.startswith("images/") and both.modality == "text_image"
     with Image.open(both.image_path) as image:
@@ -161,16 +147,6 @@ def test_two_pictures_become_one_and_one_stays_itself(pictures):
     assert concatenate(c, replace(c, id="d")).image is None
     assert concatenate(a, replace(a, id="e")).modality == "image"
     assert a.image_path.is_file() and concatenate(b, a).image != both.image
-
-
-def test_a_sample_is_brought_with_its_picture(pictures, tmp_path):
-    a, _, c = (replace(one, reasoning="why") for one in pictures)
-    there = augment.copy_into(a, tmp_path / "out")
-    assert there.image_path.read_bytes() == a.image_path.read_bytes()
-    assert there.folder == tmp_path / "out" and there.reasoning is None
-    assert augment.copy_into(a, tmp_path).image == "a.png"  # already in place
-    moved = replace(c, folder=tmp_path / "out", reasoning=None)
-    assert augment.copy_into(c, tmp_path / "out") == moved
 
 
 @pytest.fixture(scope="module")
@@ -248,10 +224,8 @@ def test_from_training_samples_to_the_rl_set(flags, capsys, monkeypatch):
     assert len(read_samples([flags.out])[0]) == 10
 
 
-def test_samples_that_the_model_gets_right_are_left_out_whatever_their_order(
-    flags, tmp_path, monkeypatch
-):
-    """Records are matched by the exchange: the model knows texts, and the file is turned round."""
+def test_samples_that_the_model_gets_right_are_left_out(flags, monkeypatch):
+    """It knows texts; its records come in another order than the samples."""
     originals = {s.id: s for s in read_samples(flags.data)[0]}
 
     def mine(model, encoder, todo, flags):
@@ -260,16 +234,11 @@ def test_samples_that_the_model_gets_right_are_left_out_whatever_their_order(
             yield i, {"outputs": ["no", known if todo[i].modality == "text" else "no", "no", "no"]}
 
     monkeypatch.setattr(augment, "mine", mine)
-    lines = Path(flags.data[0]).read_text().splitlines(True)
-    for order in (lines, lines[::-1], lines[1:] + lines[:1]):
-        (tmp_path / "data.jsonl").write_text("".join(order))
-        if not (tmp_path / "images").exists():
-            (tmp_path / "images").symlink_to(Path(flags.data[0]).parent / "images")
-        augment.main(replace(flags, data=[str(tmp_path / "data.jsonl")]))
-        samples, _ = read_samples([flags.out])
-        kept = Counter(originals[s.id].modality for s in samples if not s.parents)
-        assert kept == {"image": 6, "text_image": 6}
-        assert len(samples) == 12 + 3  # 20 % of the smaller set, too
+    augment.main(flags)
+    samples, _ = read_samples([flags.out])
+    kept = Counter(originals[s.id].modality for s in samples if not s.parents)
+    assert kept == {"image": 6, "text_image": 6}
+    assert len(samples) == 12 + 3  # 20 % of the smaller set, too
 
 
 def test_what_is_left_out_is_counted(flags, tmp_path, capsys):
@@ -277,16 +246,12 @@ def test_what_is_left_out_is_counted(flags, tmp_path, capsys):
     rows = [{"id": "long", "source": "s", "request": "long " * 200, "request_label": "harmful"}]
     rows += [{"id": "short", "source": "s", "request": "x", "request_label": "harmful"}]
     rows += [{"id": "none", "source": "s", "request": "y"}, {"id": "bad"}]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = replace(
-        flags, data=[str(tmp_path / "data.jsonl")], max_prompt_tokens=150, skip_bad=True
-    )
-    augment.main(flags)
+    write_samples(tmp_path / "data.jsonl", rows)
+    flags = replace(flags, data=[str(tmp_path / "data.jsonl")], skip_bad=True)
+    augment.main(replace(flags, max_prompt_tokens=150))
     assert [s.id for s in read_samples([flags.out])[0]] == ["short"]
-    assert (
-        "'too_long': 1, 'chosen': 1, 'concatenated': 0, 'unlabelled': 1, 'left_out': 1}"
-        in capsys.readouterr().out
-    )
+    counted = "'too_long': 1, 'chosen': 1, 'concatenated': 0, 'unlabelled': 1, 'left_out': 1}"
+    assert counted in capsys.readouterr().out
     counts = json.loads(Path(f"{flags.out}.parts/counts.json").read_text())
     assert "data.jsonl:4: 'bad'" in counts["left_out"][0]
     with pytest.raises(InputError, match="none of 0 samples within the limit is hard"):
@@ -296,27 +261,17 @@ def test_what_is_left_out_is_counted(flags, tmp_path, capsys):
 def test_bad_requests_are_refused(flags, tmp_path):
     with pytest.raises(InputError, match="augmented-share"):
         augment.main(replace(flags, augmented_share=1.0))
-    copy = tmp_path / "copy.jsonl"
-    copy.write_text(
-        '{"id": "train-00000", "source": "s", "request": "x", "request_label": "harmful"}\n'
-    )
+    write_samples(tmp_path / "other.jsonl", [sample("train-00000", "harmful")])
     with pytest.raises(InputError, match="'train-00000' is the id of two samples"):
-        augment.main(replace(flags, data=[*flags.data, str(copy)]))
-    with pytest.raises(InputError, match="sft.py"):
-        augment.main(AugmentFlags(data=flags.data))
+        augment.main(replace(flags, data=[*flags.data, str(tmp_path / "other.jsonl")]))
 
 
-def test_an_output_that_is_an_input_a_stranger_s_or_in_use_is_refused(flags, world, tmp_path):
-    (tmp_path / "link.jsonl").symlink_to(world / "train.jsonl")
-    for out in (world / "train.jsonl", tmp_path / "link.jsonl"):
-        with pytest.raises(InputError, match="is or holds an input"):
-            augment.main(replace(flags, out=str(out)))
+def test_an_output_that_is_a_stranger_s_or_in_use_is_refused(flags):
     Path(flags.out).write_text("mine\n")
     for fresh in (False, True):
         with pytest.raises(InputError, match="rl.jsonl is there, and not made by augment.py"):
             augment.main(replace(flags, fresh=fresh))
     assert Path(flags.out).read_text() == "mine\n"
     Path(flags.out).unlink()
-    with lock(flags.out):
-        with pytest.raises(InputError, match="rl.jsonl: .*another run"):
-            augment.main(flags)
+    with lock(flags.out), pytest.raises(InputError, match="rl.jsonl: .*another run"):
+        augment.main(flags)

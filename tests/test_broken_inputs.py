@@ -27,7 +27,6 @@ import augment
 import data
 import evaluate
 import grpo
-import model
 import sft
 
 STAGE = "--model base --data data.jsonl --device cpu"
@@ -51,9 +50,8 @@ LABELS = {"request_label": "harmful", "response_label": "unharmful", "reasoning"
 SAMPLES = [
     {"id": "s0", "source": "test", "request": "Hello", "response": "Hi"} | LABELS,
     {"id": "s1", "source": "test", "request": "May I?", "response": "No"} | LABELS,
-    {"id": "s2", "source": "test", "request": "", "image": "a.png", "response": "Nice"} | LABELS,
-    {"id": "s3", "source": "test", "request": "Look", "image": "a.png", "response": "Nice"}
-    | LABELS,
+    {"id": "s2", "source": "test", "request": "", "image": "a.png", "response": "Hm"} | LABELS,
+    {"id": "s3", "source": "test", "request": "Look", "image": "a.png", "response": "No"} | LABELS,
 ]
 ANSWER = "<think>\nx\n</think>\n<result>\nAnswers:\nRequest: harmful\nResponse: None\n</result>"
 PREDICTION = SAMPLES[0] | {"image": None, "output": ANSWER, "n_tokens": 9, "finished": True}
@@ -150,21 +148,20 @@ TOKENIZER = ("base/tokenizer.json", "base/tokenizer_config.json")
 UNLABELLED = {"data.jsonl": {"id": "a", "source": "s", "request": "x"}}
 # what is bad: (the commands that meet it, what is damaged, flags, what the error says)
 CASES = {
+    # flags
+    "a negative temperature": ("evaluate", {}, "--temperature -1", "temperature -1.0: want at least 0"),
+    "no steps between checkpoints": ("sft", {}, "--save-every 0", "save_every 0: want at least 1"),
+    "a flag in two spellings": ("sft", {}, "--batch-size 4 --batch_size 8", "given twice"),
     # the samples
     "malformed JSON": (STAGES + " synthesize", line(b'{"id": "x", '), "", r"data.jsonl:2: .*JSON"),
-    "an id twice": ("evaluate", sample(id="s0"), "", r"data.jsonl:2: 's0': .*before.*--skip-bad"),
-    "unknown label": ("evaluate", sample(request_label="bad"), "", r"data.jsonl:2: 's1': request_label is 'bad'"),
     "a hostile id": ("evaluate", sample(id="\x1b[2J\u202e|\n", request=3), "", r"data.jsonl:2: .*'request'"),
-    "missing image": ("evaluate", sample(image="no.png"), "", r"data.jsonl:2: 's1': image 'no.png' does not"),
-    "image elsewhere": ("evaluate", sample(image="../w/a.png"), "", r"data.jsonl:2: 's1': .*inside the data"),
     "the released format": ("evaluate", line(RELEASED), "", r"data.jsonl:2: unknown field.*data.py convert"),
     "empty file": ("evaluate", {"data.jsonl": b""}, "", r"data.jsonl: "),
     "no such file": (STAGES, {"data.jsonl": None}, "", r"no data.jsonl.*data.py convert"),
     "a file twice": (STAGES, {}, "--data data.jsonl ../w/data.jsonl", r"data.jsonl.*(before|twice|2 times)"),
     "a sample twice": ("evaluate", {"b.jsonl": SAMPLES[1]}, "--data data.jsonl b.jsonl", r"b.jsonl:1: 's1': .*data.jsonl:2"),
-    "prompts too long for RL": ("grpo", {}, "--max-prompt-tokens 5", r"0 samples"),
     "no labels": ("sft grpo", UNLABELLED, "", r"0 samples"),
-    "tags in reasoning": ("sft", sample(reasoning="so <result>"), "", r"s1: .*<result>"),
+    "tags in reasoning": ("sft", sample(reasoning="so <result>"), "", r"data.jsonl:2: 's1': .*<result>"),
     # the pictures
     "truncated picture": (STAGES, {"a.png": half}, "", r"s[23]: image a.png cannot be used"),
     "bomb": ("evaluate", {"a.png": b"P6 60000 60000 255 "}, "", r"a.png cannot be used: .*bomb"),
@@ -174,14 +171,12 @@ CASES = {
     # the checkpoint
     "no checkpoint": (STAGES + " judge", {"base": None}, "", r"base: no such checkpoint"),
     "no config": (BOTH, {CONFIG: None}, "", CONFIG),
-    "config cut off": (BOTH, {CONFIG: half}, "", CONFIG),
     "foreign architecture": (BOTH, {CONFIG: changed(b'"qwen2_5_vl"', b'"llama"')}, "", CONFIG + r".*llama"),
     "config without a size": (BOTH, {CONFIG: changed(b"hidden_size", b"x")}, "", CONFIG + r".*hidden_size"),
     "no weights": (BOTH, {WEIGHTS: None}, "", WEIGHTS),
     "weights cut off": (BOTH, {WEIGHTS: half}, "", WEIGHTS),
     "NaN weights": ("evaluate", {WEIGHTS: poison}, "", r"prompt \d: after 0 tokens the model's logits are no numbers"),
     "index cut off": (BOTH, {WEIGHTS: None, INDEX: b'{"we'}, "", INDEX),
-    "adapter": (BOTH, {"base/adapter_config.json": {}}, "", r"base: .*adapter"),
     "no tokenizer": (BOTH, {TOKENIZER[0]: None}, "", r"base: its tokenizer"),
     "another tokenizer": (BOTH, dict.fromkeys(TOKENIZER, changed(b"image_pad", b"x_pad")), "", r"base: its tokenizer"),
     "tags that are tokens": (BOTH, dict.fromkeys(TOKENIZER, changed(b"<|file_sep|>", b"<think>")), "", r"base: .*<think>"),
@@ -191,21 +186,17 @@ CASES = {
     # flags
     "no such instruction": (BOTH, {}, "--instruction no.txt", r"no.txt"),
     "instruction not UTF-8": ("evaluate", {"i.txt": b"\xff"}, "--instruction i.txt", r"i.txt"),
-    "unknown flag": (STAGES, {}, "--colour red", r"--colour"),
     "a flag twice": (STAGES, {}, "--seed 1 --seed 2", r"--seed"),
     "a device that is not here": (STAGES, {}, "--device mps", r"mps"),
-    "batches that do not divide": ("grpo", {}, "--update-batch 3", r"--update-batch"),
     "nothing to train": ("sft grpo", {}, "--freeze vision merger decoder", r"--freeze"),
-    "not one batch": ("sft grpo", {}, "--epochs 0.1", r"--epochs"),
     # outputs
     "a file as folder": (STAGES, {"o": b"x"}, "--out o/out", r"o"),
     "an input as output": (STAGES, {}, "--out base", r"--out base is or holds an input"),
     "a stranger's folder": ("sft grpo evaluate", {"out/notes.txt": b"mine"}, "", r"out.* another --out"),
     "a stranger's file": ("convert", {"out/train.jsonl": b"mine\n"}, "", r"out/train.jsonl"),
     # predictions to score, released files, the teacher
-    "no output": ("score", {"predictions.jsonl": SAMPLES[0]}, "", r"predictions.jsonl:1: "),
     "no text": ("score", {"predictions.jsonl": PREDICTION | {"output": 3}}, "", r"predictions.jsonl:1: "),
-    "a prediction twice": ("score", {"p.jsonl": PREDICTION}, "--predictions predictions.jsonl p.jsonl", r"p.jsonl:1: .*twice"),
+    "released and cut off": ("convert", {"released.json": half}, "", r"released.json: cannot be read"),
     "no released rows": ("convert", {"released.json": [{"a": 1}, 2]}, "", r"out/train.jsonl.rejected-by-convert"),
     "no server": ("synthesize", {"data.jsonl": lines(*(UNLABELLED["data.jsonl"] | {"id": str(i)} for i in range(30)))}, "",
                   r"http://127.0.0.1:9/v1/: .*APIConnectionError"),
@@ -221,14 +212,6 @@ def test_one_clear_line_and_status_2(run, case, command):
     assert status == 2 and err.endswith("\n") and err[:-1].isprintable(), err
     assert re.fullmatch(rf"(\S+ )?error: .*{message}.*\n", err), err
     assert not Path("out/model.safetensors").exists()
-
-
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_ranks_that_torchrun_has_not_started(monkeypatch, name):
-    """Each would train alone, and drop what is the others' share of every batch."""
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(OSError, match="torchrun"):
-        model.start_ranks("cpu", "float32")
 
 
 @pytest.mark.parametrize("command", STAGES.split())

@@ -71,7 +71,7 @@ def test_paired_differences_by_hand():
         return [line["f1_difference"], *line["f1_difference_interval"]]
 
     assert differences("hh", "uu") == [100, 100, 100] and differences("uu", "hh") == [-100] * 3
-    assert differences("hu", "hu") == [0, 0, 0]  # either F1 alone is 0 to 100
+    assert differences("hu", "hu") == [0, 0, 0]  # while either F1 alone is 0 to 100
     assert differences("hu", "uh") == [0, -100, 100]  # 1/4 draw the first row only, 1/4 the second
     # Ours misses the first row: -100/3 as they are, 0 or -100 when one of the rows is drawn twice.
     assert differences("uh", "hh") == pytest.approx([200 / 3 - 100, -100, 0])
@@ -94,21 +94,19 @@ def test_rows_are_paired_by_their_exchange_not_by_id():
         compare.paired(ours, keyed(predictions("uhh", "hhh")))
 
 
-@pytest.mark.parametrize(
-    "labels, image, output, released, predecessor",
-    [  # labels of request and response; cells of both tasks
-        ("hu", None, RESULT.format("harmful", "unharmful"), "tp tn", "tp tn"),
-        ("hu", None, EARLY, "fn tn", "fn fp+fp"),
-        ("hu", None, LATE, "fn fp", "tp fp"),
-        ("hu", None, RESULT.format("None", "unharmful"), "fn tn", "- tn"),
-        ("uh", None, RESULT.format("None", "harmful"), "fp tp", "fp+fp tp"),
-        ("hh", None, "cut off", "fn fn", "- -"),
-        ("uu", None, "cut off", "fp fp", "fp+fp fp+fp"),
-        ("uu", "i.png", RESULT.format("harmless", "unharmful"), "tn tn", "fp+fp tn"),
-        ("hu", "i.png", "Request: harmful", "tp tn", "tp fp+fp"),  # the response cannot be read:
-        ("hh", "i.png", "Request: harmful", "fn fn", "tp -"),  # it overwrites the request's verdict
-    ],
-)
+CELLS = [  # labels of request and response; cells of both tasks
+    ("hu", None, RESULT.format("harmful", "unharmful"), "tp tn", "tp tn"),
+    ("hu", None, EARLY, "fn tn", "fn fp+fp"),
+    ("hu", None, LATE, "fn fp", "tp fp"),
+    ("uh", None, RESULT.format("None", "harmful"), "fp tp", "fp+fp tp"),
+    ("hh", None, "cut off", "fn fn", "- -"),
+    ("uu", "i.png", RESULT.format("harmless", "unharmful"), "tn tn", "fp+fp tn"),
+    ("hu", "i.png", "Request: harmful", "tp tn", "tp fp+fp"),  # the response cannot be read:
+    ("hh", "i.png", "Request: harmful", "fn fn", "tp -"),  # it overwrites the request's verdict
+]
+
+
+@pytest.mark.parametrize("labels, image, output, released, predecessor", CELLS)
 def test_released_counting_by_hand(labels, image, output, released, predecessor):
     word = {"h": "harmful", "u": "unharmful"}
     (p,) = predictions(labels[0], "-", image=image, response_label=word[labels[1]], output=output)
@@ -127,9 +125,8 @@ def test_published_lines_and_a_source_that_is_called_average():
     assert len(lines) == 6  # all five are there, and the average over them; not that over all
     # With a benchmark that the paper lacks no average is comparable, whatever its name is.
     for name in ("own", "average"):
-        lines = compare.published_lines(
-            score_table(texts + predictions("-", "h", name, **answered))
-        )
+        more = predictions("-", "h", name, **answered)
+        lines = compare.published_lines(score_table(texts + more))
         assert [line["benchmark"] for line in lines] == [row["names"][-1] for row in of_text]
     assert compare.published_lines(score_table(predictions("h", "h"))) == []
 
@@ -151,5 +148,4 @@ def test_all_comparisons_from_the_command_line(tmp_path):
     assert results["against"][0]["f1_difference_interval"] == [100, 100]
     write(tmp_path / "compare.json", records[:1])  # somebody's
     with pytest.raises(InputError, match="not of compare.py"):
-        flags = CompareFlags(predictions=[str(tmp_path / "ours.jsonl")], out=str(tmp_path))
-        compare.main(flags)
+        compare.main(CompareFlags([str(tmp_path / "ours.jsonl")], out=str(tmp_path)))

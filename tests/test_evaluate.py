@@ -4,13 +4,13 @@ python -m pytest tests/test_evaluate.py
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ import torch
 import toy
 
 import evaluate
-from data import TARGET, Encoder, InputError, Sample, lock, read_samples
+from data import TARGET, Encoder, InputError, Sample, lock, read_records, read_samples
 from evaluate import EvaluateFlags, collect, compute_metrics, read_predictions, score_table
 from model import load
 from reward import parse
@@ -50,19 +50,12 @@ def write(path: Path, records: list) -> str:
     return str(path)
 
 
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_f1_of_a_table_worked_by_hand():
+def test_f1_of_tables_worked_by_hand():
     line = only_line(score_table(predictions("hhhhhuuuuu", "hhhuuhuuuu")), benchmark="bench")
     assert line["n"] == 10  # 3 tp, 2 fn, 1 fp, 4 tn
     assert (line["precision"], line["recall"], line["false_positive_rate"]) == (75, 60, 20)
     assert line["f1"] == pytest.approx(100 * 2 * 0.75 * 0.6 / (0.75 + 0.6))
-
-
-def test_an_unreadable_verdict_counts_once_and_as_wrong():
-    # The release lost such harmful rows and counted such unharmful rows twice.
+    # Unreadable is wrong, once: the release lost such harmful rows and counted such unharmful ones twice.
     line = only_line(score_table(predictions("hhuu", "h-u-")), benchmark="bench")
     assert (line["n"], line["unparseable"], line["f1"]) == (4, 2, 50)
     assert (line["precision"], line["recall"], line["false_positive_rate"]) == (50, 50, 50)
@@ -111,7 +104,6 @@ def test_auroc():
         return evaluate.auroc([p | {"request_p": v} for p, v in zip(group, values)], "request")
 
     assert of("hhuu", "hhuu", [0.9, 0.4, 0.6, 0.1]) == 75  # three of four pairs are in order
-    assert of("hu", "hh", [0.5, 0.5]) == 50 and of("hu", "uh", [0.1, 0.9]) == 0
     assert of("hhu", "h-u", [1.0, None, 0.0]) == 50  # unreadable: below the lowest,
     assert of("huu", "h-u", [1.0, None, 0.0]) == 50  # or above the highest
     assert of("hh", "hh", [0.9, 0.8]) is None
@@ -148,16 +140,14 @@ def test_two_predictions_of_one_exchange_are_refused_wherever_they_lie(tmp_path)
         read_predictions([a, f"{tmp_path}/./a.jsonl"])
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (json.dumps(predictions("h", "h", request_label="Harmful")[0]), "labels are .*'Harmful'"),
-        ('{"id": "1"}', "'output'"),
-        ("[1]", "JSON object|mapping"),
-        ('{"id": "1", "outp', "Unterminated"),
-    ],
-)
-def test_what_cannot_be_scored_is_named(tmp_path, line, message):
+UNFIT = {
+    "labels are .*'Harmful'": json.dumps(predictions("h", "h", request_label="Harmful")[0]),
+    "'output'": '{"id": "1"}', "JSON object|mapping": "[1]", "Unterminated": '{"id": "1", "outp',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message, line", UNFIT.items())
+def test_what_cannot_be_scored_is_named(tmp_path, message, line):
     path = Path(write(tmp_path / "p.jsonl", predictions("h", "h")))
     path.write_text(path.read_text() + line)
     with pytest.raises(InputError, match=f"p.jsonl:2: .*{message}"):
@@ -198,7 +188,7 @@ class Maker:
 @pytest.fixture
 def no_model(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(evaluate, "load_guard", lambda flags, ranks: (None, None))
-    monkeypatch.setattr(evaluate.data, "fingerprint", lambda model, instruction: {"model": model})
+    monkeypatch.setattr(evaluate.data, "fingerprint", lambda model, files: {"model": model})
     return tmp_path / "eval"
 
 
@@ -211,7 +201,7 @@ def run(folder: Path, samples=SAMPLES, ranks=OneOf(), kill_after=99, **flags) ->
     try:
         found = collect(folder, samples, maker, EvaluateFlags(**flags), ranks)
         assert [record["id"] for record in found] == [sample.id for sample in samples]
-        assert found == lines_of(folder / "predictions.jsonl")
+        assert found == read_records(folder / "predictions.jsonl")
     except KeyboardInterrupt:
         found = None
         assert not (folder / "predictions.jsonl").exists()
@@ -236,7 +226,7 @@ def test_a_killed_run_of_two_ranks_goes_on_with_any_number_and_nothing_counts_be
     assert run(no_model, ranks=OneOf(2, 3)) == (["2"], None)
     made, records = run(no_model)
     assert made == ["0"] and len(records) == 5
-    kept = [record["id"] for path in no_model.glob("rank-*.jsonl") for record in lines_of(path)]
+    kept = [record["id"] for path in no_model.glob("rank-*.jsonl") for record in read_records(path)]
     assert sorted(kept) == list("01234")  # none twice
 
 
@@ -246,14 +236,16 @@ def test_records_are_known_by_the_exchange_not_by_labels_folder_or_order(no_mode
     made, records = run(no_model, moved)
     assert made == [] and {record["request_label"] for record in records} == {"harmful"}
     edited = [replace(SAMPLES[0], request="another"), *SAMPLES[1:]]
+    assert run(no_model, edited, kill_after=0) == (
+        [],
+        None,
+    )  # no file scores as if it were of these
     made, records = run(no_model, edited)
     assert made == ["0"] and records[0]["request"] == "another"
     image = tmp_path / "a.png"
     image.write_bytes(b"123")
     more = [*SAMPLES, Sample("5", "s", "", "a.png", folder=tmp_path)]
-    assert run(no_model, more)[0] == ["5"] and run(no_model)[0] == []
-    os.utime(image, (1, 1))
-    assert run(no_model, more)[0] == []
+    assert run(no_model, more)[0] == ["5"] and run(no_model, more)[0] == []
     image.write_bytes(b"1234")  # of another size: another image
     assert run(no_model, more)[0] == ["5"]
 
@@ -301,16 +293,18 @@ def flags(world, tmp_path) -> EvaluateFlags:
 
 def test_two_ranks_give_what_one_gives(flags, tmp_path):
     evaluate.main(flags)
-    command = "-m torch.distributed.run --nproc-per-node 2 evaluate.py --device cpu --out two"
-    command = command.replace("evaluate.py", evaluate.__file__).replace("two", f"{tmp_path}/two")
-    command += f" --max-new-tokens 12 --model {flags.model} --instruction {flags.instruction}"
-    command = [sys.executable, *command.split(), "--data", *flags.data]
-    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    command = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 {evaluate.__file__}"
+    command += f" --device cpu --out {tmp_path}/two --max-new-tokens 12 --data {flags.data[0]}"
+    command += f" --model {flags.model} --instruction {flags.instruction}"
+    subprocess.run(command.split(), capture_output=True, timeout=120, check=True)
     for name in ("predictions.jsonl", "results.json"):
         assert (tmp_path / "two" / name).read_bytes() == (Path(flags.out) / name).read_bytes()
     assert all((tmp_path / "two" / f"rank-{rank}.jsonl").is_file() for rank in (0, 1))
     # And what evaluation within training gives, but for the way to the images.
-    stored, (samples, _) = lines_of(Path(flags.out, "predictions.jsonl")), read_samples(flags.data)
+    stored, (samples, _) = (
+        read_records(Path(flags.out, "predictions.jsonl")),
+        read_samples(flags.data),
+    )
     encoder = Encoder(flags.model, flags.instruction)
     found = evaluate.evaluate_samples(load(flags.model), encoder, samples, max_new_tokens=12)
     assert [p | {"folder": ""} for p in found] == [p | {"folder": ""} for p in stored]
@@ -320,7 +314,7 @@ def test_two_ranks_give_what_one_gives(flags, tmp_path):
 def test_rows_outside_of_the_table_are_counted(flags, world, tmp_path, capsys):
     """A row without a label is judged, a bad one left out, one over the context is wrong."""
     shutil.copytree(world / "images", tmp_path / "images")
-    rows = lines_of(world / "test.jsonl")
+    rows = read_records(world / "test.jsonl")
     rows[0] |= {"request_label": None, "response_label": None}
     rows[1] |= {"request": "word " * 30_000, "request_label": "harmful"}
     rows[2] |= {"request_label": "Harmful"}
@@ -332,7 +326,9 @@ def test_rows_outside_of_the_table_are_counted(flags, world, tmp_path, capsys):
     assert (results["unlabelled"], results["too_long"]) == (1, 1)
     (bad,) = results["left_out"]
     assert f"test.jsonl:3: '{rows[2]['id']}': request_label is 'Harmful'" in bad
-    judged = {record["id"]: record for record in lines_of(Path(flags.out) / "predictions.jsonl")}
+    judged = {
+        record["id"]: record for record in read_records(Path(flags.out) / "predictions.jsonl")
+    }
     assert len(judged) == len(rows) - 1 and judged[rows[0]["id"]]["output"]
     cut = judged[rows[1]["id"]]
     assert cut["output"] == "" and cut["request_pred"] is None
@@ -350,38 +346,14 @@ def test_prompt_and_new_tokens_together_must_fit_the_context(guard, monkeypatch)
     (model, encoder), sample = guard, Sample("0", "s", "text")
     context = len(encoder.prompt(sample)) + 2
     monkeypatch.setattr(model, "config", replace(model.config, max_position_embeddings=context))
-    lengths = []
-    for max_new_tokens in (2, 3):
-        (p,) = evaluate.evaluate_samples(model, encoder, [sample], max_new_tokens)
-        lengths.append(p["n_tokens"])
-    assert lengths == [2, 0]
+    for limit, n_tokens in ((2, 2), (3, 0)):
+        (p,) = evaluate.evaluate_samples(model, encoder, [sample], max_new_tokens=limit)
+        assert p["n_tokens"] == n_tokens
 
 
-def test_a_second_run_and_an_output_that_holds_an_input_are_refused(flags, world):
+def test_a_second_run_is_refused(flags):
     with lock(flags.out), pytest.raises(InputError, match="eval: .*another run"):
         evaluate.main(flags)
-    for out in ("base", "test.jsonl", "."):
-        with pytest.raises(InputError, match="is or holds an input"):
-            evaluate.main(replace(flags, out=str(world / out)))
-
-
-def test_names_that_are_no_utf8_and_a_terminal_that_is_ascii(world, tmp_path):
-    """And a reader that goes away after the first line."""
-    folder = tmp_path / os.fsdecode(b"d\xffta")
-    shutil.copytree(world, folder)
-    rows = [row | {"source": "漢字"} for row in lines_of(folder / "test.jsonl")]
-    write(folder / "test.jsonl", rows)
-    command = f"set -o pipefail; {sys.executable} {evaluate.__file__} --model base --device cpu"
-    command += " --data $(pwd)/test.jsonl --out eval --max-new-tokens 4 --fresh"
-    ascii = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for tail in ("", " | head -1"):
-        done = subprocess.run(
-            ["bash", "-c", command + tail], cwd=folder, env=ascii, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert (b"| prompt | ?? |" in done.stdout) == (tail == "")
-        results = json.loads((folder / "eval/results.json").read_text())
-        assert results["lines"][0]["benchmark"] == "漢字"
 
 
 # ---- P(harmful), and one exchange
@@ -396,15 +368,6 @@ OUTPUTS = [
 ]
 
 
-@dataclass
-class Written:
-    """Stands in for a Completion: an output, with a P(harmful) for every token."""
-
-    ids: list[int]
-    p_harmful: torch.Tensor
-    finished: bool = True
-
-
 def plays(encoder: Encoder, output: str):
     """A sampler that writes `output`, whatever the prompt; the P of token i is i / 1000."""
 
@@ -413,7 +376,8 @@ def plays(encoder: Encoder, output: str):
             ids = [*encoder.tokenizer.encode(output), encoder.stop_ids[0]]
             for token in ids if watch else ():
                 watch([token])
-            yield key, [Written(ids, torch.arange(len(ids)) / 1000)]
+            p_harmful = torch.arange(len(ids)) / 1000
+            yield key, [SimpleNamespace(ids=ids, p_harmful=p_harmful, finished=True)]
 
     return sampler
 
@@ -454,22 +418,16 @@ def test_probabilities_equal_the_logits_before_the_label(guard, world, monkeypat
 def test_an_exchange_is_streamed_and_ends_in_labels(guard, flags, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load_guard", lambda flags, ranks: guard)
     monkeypatch.setattr(evaluate, "generate", plays(guard[1], OUTPUTS[0]))
-    pieces = []
-    show = lambda *text, **how: pieces.append(text[0])
-    monkeypatch.setattr(evaluate, "print", show, raising=False)
+    pieces, say = [], evaluate.say
+
+    def watch(text: str, end: str = "\n") -> None:
+        pieces.extend([text] * (end == ""))
+        say(text, end)
+
+    monkeypatch.setattr(evaluate, "say", watch)
     evaluate.main(replace(flags, request="Hello", response="Hi"))
     assert len(pieces) > 15 and "".join(pieces) == OUTPUTS[0]  # half characters are held back
     shown = capsys.readouterr().out
     assert re.search(r"request: harmful, P\(harmful\) 0\.\d\d\n\nresponse: unharmful, P\(", shown)
     evaluate.main(replace(flags, request="Hello"))
     assert "response:" not in capsys.readouterr().out
-
-
-def test_what_cannot_be_judged(flags):
-    for exchange, problem in (
-        ({"image": "/no/such.png"}, "image 'such.png' does not exist in /no"),
-        ({"response": "Hi"}, "neither a request nor an image"),
-        ({"request": "\ud800"}, "half of a surrogate pair"),
-    ):
-        with pytest.raises(InputError, match=problem):
-            evaluate.main(replace(flags, **exchange))

@@ -101,9 +101,7 @@ def test_sharded_step_takes_no_more_than_is_estimated():
 def test_table_says_what_fits(monkeypatch):
     parameters = [sizes(memory.outline(config)) for config in memory.MODELS.values()]
     assert parameters == [3_754_622_976, 8_292_166_656]  # those of the published models
-    monkeypatch.setattr(memory, "MODELS", {"small": SMALL})
     monkeypatch.setattr(memory, "TYPICAL", TRAFFIC)
-    monkeypatch.setattr(memory, "STAGES", {"sft": sft.SFTFlags, "grpo rollout": grpo.GRPOFlags})
-    assert list(memory.table())[2].startswith("| small, 1 x 80 GB | 0.")
-    monkeypatch.setitem(memory.CARDS, "80 GB", 4 + 1000 / memory.GIB)
-    assert list(memory.table())[2].startswith("| small, 1 x 80 GB | **0.")
+    for card_size, bold in ((8, ""), (4 + 1000 / memory.GIB, "**")):
+        monkeypatch.setitem(memory.CARDS, "80 GB", card_size)
+        assert memory.cell(SMALL, "sft", "80 GB", 1, {}).startswith(f"{bold}0.")

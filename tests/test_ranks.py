@@ -52,12 +52,14 @@ def run_flags(world, tmp_path):
     return make
 
 
-def launch(folder: Path, *command: str) -> subprocess.Popen:
-    """torchrun of two ranks in the background; what it and its ranks say goes to folder/log."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def on_two(folder: Path, script: str, *arguments: str) -> tuple[int, str]:
+    """The exit status of torchrun with two ranks of a script, and what it and its ranks say."""
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--shutdown-timeout=120", "script.py", *arguments]
     with open(folder / "log", "w") as log:
-        words = [*start, "--shutdown-timeout=120", *command]
-        return subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log)
+    return wait(process), (folder / "log").read_text()
 
 
 DRIVER = """# Runs a stage several times in the processes of one torchrun.
@@ -75,11 +77,10 @@ data.cli(getattr(stage, name), main, [])
 """
 
 
-def on_two_ranks(folder: Path, stage: str, runs: list) -> None:
-    (folder / "driver.py").write_text(DRIVER)
+def train_on_two(folder: Path, stage: str, runs: list) -> None:
     fields = json.dumps([asdict(flags) for flags in runs])
-    process = launch(folder, "driver.py", stage, type(runs[0]).__name__, fields)
-    assert wait(process) == 0, (folder / "log").read_text()[-3000:]
+    status, said = on_two(folder, DRIVER, stage, type(runs[0]).__name__, fields)
+    assert status == 0, said[-3000:]
 
 
 # ---- one process and two
@@ -97,7 +98,7 @@ def test_sft_on_two_ranks_is_that_on_one(run_flags, world, tmp_path):
     frozen = run_flags("sft", "frozen", **mixed | few)
     sft.main(replace(growing, steps=2))
     first_halves = [replace(flags, steps=2) for flags in (halted, shrinking)]
-    on_two_ranks(tmp_path, "sft", [two, frozen, *first_halves, halted, growing])
+    train_on_two(tmp_path, "sft", [two, frozen, *first_halves, halted, growing])
     sft.main(one)
     sft.main(shrinking)
     assert same_runs(two, halted)
@@ -117,7 +118,7 @@ def test_grpo_on_two_ranks_is_that_on_one(run_flags, tmp_path):
     uneven = dict(rollout_batch=6, update_batch=3, group=4, max_new_tokens=24, pack_tokens=150)
     names = ("one", "two", "halted")
     one, two, halted = (run_flags("grpo", name, lr=1e-3, floor=0.1, **uneven) for name in names)
-    on_two_ranks(tmp_path, "grpo", [two, replace(halted, steps=1), halted])
+    train_on_two(tmp_path, "grpo", [two, replace(halted, steps=1), halted])
     grpo.main(one)
     first, both = ((Path(flags.out) / "rollouts.jsonl").read_text() for flags in (one, two))
     # Later outputs are sampled from weights that differ in last bits.
@@ -141,9 +142,8 @@ def cuda(monkeypatch):
             raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might")
         current.append(str(device))
 
-    def on_cpu(*size, device):
-        return zeros(*size, device="cpu" if device.type == "cuda" else device)
-
+    where = lambda device: "cpu" if device.type == "cuda" else device
+    on_cpu = lambda *size, device: zeros(*size, device=where(device))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -161,11 +161,15 @@ def as_torchrun(patch: pytest.MonkeyPatch, rank: int, world: int, local_rank: in
         patch.setenv(name, str(value))
 
 
-def test_one_process_uses_one_gpu_and_says_so(cuda, capsys):
+def test_one_process_uses_one_gpu_and_what_it_can_compute_in(cuda, capsys, monkeypatch):
     ranks = qwen.start_ranks("auto", "auto")
     assert ranks == qwen.Ranks(0, 1, torch.device("cuda:0"), torch.bfloat16) and cuda == ["cuda:0"]
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert capsys.readouterr().out == "1 x cuda, computing in bfloat16\n"
+    assert qwen.start_ranks("cpu", "auto").compute == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert qwen.start_ranks("cuda", "auto").compute == torch.float32
+    with pytest.raises(OSError, match="--dtype bfloat16: this card has no kernels for it"):
+        qwen.start_ranks("cuda", "bfloat16")
 
 
 @pytest.mark.parametrize("device, backend", [("cuda:1", "nccl"), ("cpu", "gloo")])
@@ -175,16 +179,6 @@ def test_each_of_several_ranks_uses_the_gpu_of_its_number(cuda, monkeypatch, dev
     monkeypatch.setattr(group, "init_process_group", lambda name, **how: joined.append(name))
     ranks = qwen.start_ranks(device.partition(":")[0], "float32")
     assert ranks == qwen.Ranks(3, 4, torch.device(device), torch.float32) and joined == [backend]
-
-
-def test_the_compute_type_follows_the_device_unless_it_is_given(cuda, monkeypatch):
-    for capability, chosen in {(8, 0): torch.bfloat16, (7, 5): torch.float32}.items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert qwen.start_ranks("cuda", "auto").compute == chosen
-    with pytest.raises(OSError, match="--dtype bfloat16: this card has no kernels for it"):
-        qwen.start_ranks("cuda", "bfloat16")  # on the last of these cards
-    assert qwen.start_ranks("cpu", "auto").compute == torch.float32
-    assert qwen.start_ranks("cpu", "bfloat16").compute == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -230,15 +224,12 @@ data.cli(getattr(stage, flags), stage.main)
 def test_when_one_rank_fails_all_end_and_its_message_is_told(
     run_flags, tmp_path, stage, name, rank, kind
 ):
-    (tmp_path / "failing.py").write_text(FAILING)
-    flags = run_flags(stage, steps=1)
+    flags, one_line = run_flags(stage, steps=1), f"\nerror: rank {rank}: broken here\n"
     arguments = [stage, type(flags).__name__, name, str(rank), kind, *words(flags)]
-    assert wait(launch(tmp_path, "failing.py", *arguments), 150) == 1  # torchrun's own status
-    said, _, cause = (tmp_path / "log").read_text().partition("Root Cause")
-    line = (
-        "RuntimeError: broken\nhere\n" if kind == "bug" else f"\nerror: rank {rank}: broken here\n"
-    )
-    assert line in said and re.search(rf"rank *: {rank} ", cause)
+    status, log = on_two(tmp_path, FAILING, *arguments)
+    said, _, cause = log.partition("Root Cause")
+    assert status == 1 and re.search(rf"rank *: {rank} ", cause)  # torchrun's own status
+    assert ("RuntimeError: broken\nhere\n" if kind == "bug" else one_line) in said
     assert re.search(rf"exitcode *: {1 if kind == 'bug' else 2} ", cause)
 
 
@@ -251,11 +242,11 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(
 ):
     main, whole, stopped = STAGES[stage][0].main, run_flags(stage, "a"), run_flags(stage, "b")
     main(whole)
-    log, usual = sft.Run.log, signal.getsignal(number)
+    log = sft.Run.log
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sft.Run, "log", lambda *a: (log(*a), os.kill(os.getpid(), number)))
         main(stopped)
-    assert end.value.code == 128 + number and signal.getsignal(number) == usual
+    assert end.value.code == 128 + number
     assert [line["step"] for line in metrics(stopped.out)] == [1]
     told = "stopping after this step, with a checkpoint; Ctrl-\\ ends at once\n"
     assert capfd.readouterr().err == told
@@ -269,23 +260,17 @@ import os, signal
 import data, sft
 
 log = sft.Run.log
-
-def log_and_signal(self, *arguments):
-    log(self, *arguments)
-    if self.ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-sft.Run.log = log_and_signal
+stop = lambda run: run.ranks.rank == 1 and os.kill(os.getpid(), signal.SIGTERM)
+sft.Run.log = lambda run, *arguments: (log(run, *arguments), stop(run))
 data.cli(sft.SFTFlags, sft.main)
 """
 
 
 def test_all_ranks_stop_after_the_same_step(run_flags, tmp_path):
-    (tmp_path / "stopping.py").write_text(ONE_SIGNAL)
     flags = run_flags(save_every=100)
-    assert wait(launch(tmp_path, "stopping.py", *words(flags)), 150) == 1
-    statuses = re.findall(r"exitcode *: (\d+)", (tmp_path / "log").read_text())
-    assert set(statuses) == {"143"} and [line["step"] for line in metrics(flags.out)] == [1]
+    status, log = on_two(tmp_path, ONE_SIGNAL, *words(flags))
+    assert status == 1 and set(re.findall(r"exitcode *: (\d+)", log)) == {"143"}
+    assert [line["step"] for line in metrics(flags.out)] == [1]
     assert [path.name for path in Path(flags.out).glob("checkpoints/*")] == ["step-000001"]
 
 
@@ -296,12 +281,8 @@ MOST_ROWS = 4  # of any rank in one update
 
 
 class Collectives(TorchDispatchMode):
-    """A group of 8 ranks of which only one runs, and the log of that one's collectives.
-
-    A collective of the fake group leaves this rank's own data in the place of the others'. What all
-    ranks have to be told the same is made up: the largest number of rows of any rank, and what the
-    others gather.
-    """
+    """A group of 8 ranks of which only one runs, and the log of that one's collectives, which leave its
+    own data in the place of the others'. What all have to be told the same is made up."""
 
     def __init__(self, rank: int, patch: pytest.MonkeyPatch):
         super().__init__()
@@ -340,13 +321,11 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace in ("c10d", "_c10d_functional"):
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            self.log.append(
-                " ".join([str(function), *(f"{x.dtype}{list(x.shape)}" for x in tensors)])
-            )
+            self.log.append([str(function), *(f"{x.dtype}{list(x.shape)}" for x in tensors)])
         return function(*args, **kwargs or {})
 
 
-def collectives_of(rank: int, stage: str, flags) -> list[str]:
+def collectives_of(rank: int, stage: str, flags) -> list:
     """The log of the whole run of one rank."""
     with pytest.MonkeyPatch.context() as patch:
         # Odd ranks have one right output of two in every group, even ones no group with any spread.
@@ -379,12 +358,9 @@ def test_each_of_8_ranks_issues_the_same_collectives(
     write_samples(validation, copies[:held_out])  # of 11 three ranks have two, of 3 five have none
     fields |= dict(data=[str(data)], validation=[str(validation)], lr=1e-12)
     fields |= dict(eval_every=1, save_every=1)
-    logs = []
-    for rank in range(WORLD):
-        flags = run_flags(stage, f"rank-{rank}", **fields)
-        logs.append(collectives_of(rank, stage, flags))
-    for log in logs[1:]:
-        assert log == logs[0]
-    issued = " ".join(logs[0])
+    folders = [run_flags(stage, f"rank-{rank}", **fields) for rank in range(WORLD)]
+    logs = [collectives_of(rank, stage, flags) for rank, flags in enumerate(folders)]
+    assert all(log == logs[0] for log in logs)
+    issued = str(logs[0])
     for kind in ("barrier", "allreduce", "allgather", "reduce_scatter", "save DTensor"):
         assert kind in issued

@@ -14,6 +14,7 @@ import draw
 import pytest
 import report
 from PIL import Image
+from report import ReportFlags
 
 import data
 import evaluate
@@ -51,7 +52,10 @@ def folders(tmp_path, monkeypatch) -> list[str]:
     grpo, judged = tmp_path / "out" / "grpo", tmp_path / "out" / "eval"
     grpo.mkdir(parents=True)
     flags = {"data": ["rl/rl.jsonl"], "validation": [], "seed": 3}
-    run = {"flags": flags, "fingerprint": data.fingerprint(str(grpo), [file], None, [said, seen])}
+    run = {
+        "flags": flags,
+        "fingerprint": data.fingerprint(str(grpo), {"data": [file]}, [said, seen]),
+    }
     data.write_atomic(grpo / "run.json", json.dumps(run))
     data.write_samples(grpo / "rollouts.jsonl", [group(1, "seen"), group(2, "said")])
     steps = [{"step": s, "reward": -s, "loss": 0.1, "clip": 0.2, "val_f1": 50} for s in (1, 2)]
@@ -97,19 +101,18 @@ NO_IMAGES = {name: (texts, False) for name, (texts, _) in EXCHANGES.items()}
 NO_DATA = NO_IMAGES | {"grpo said": ([], False), "grpo seen": ([], False)}
 
 
-@pytest.mark.parametrize(
-    "change, wanted",
-    [
-        ("true", EXCHANGES),
-        ("touch rl/rl.jsonl rl/a.png", EXCHANGES),
-        ("mv rl rl2", NO_DATA),
-        ("sed -i 's/No[.]/Yes/' rl/rl.jsonl", NO_DATA | {"eval seen": EXCHANGES["eval seen"]}),
-        ("echo >> rl/a.png", NO_IMAGES),
-        ("mv rl/a.png b.png && ln -s ../b.png rl/a.png", NO_IMAGES),
-        ("cp -r rl rl2; rm rl2/*.jsonl; sed -i s:/rl\\\":/rl2\\\": out/eval/*.jsonl",
-         EXCHANGES | {"eval seen": NO_IMAGES["eval seen"]}),
-    ],
-)  # fmt: skip
+CHANGES = {
+    "touch rl/rl.jsonl rl/a.png": EXCHANGES,
+    "mv rl rl2": NO_DATA,
+    "sed -i 's/No[.]/Yes/' rl/rl.jsonl": NO_DATA | {"eval seen": EXCHANGES["eval seen"]},
+    "echo >> rl/a.png": NO_IMAGES,
+    "mv rl/a.png b.png && ln -s ../b.png rl/a.png": NO_IMAGES,
+    'cp -r rl rl2; rm rl2/*.jsonl; sed -i s:/rl\\":/rl2\\": out/eval/*.jsonl': EXCHANGES
+    | {"eval seen": NO_IMAGES["eval seen"]},
+}
+
+
+@pytest.mark.parametrize("change, wanted", CHANGES.items())
 def test_what_stands_beside_an_output_is_what_it_is_about(change, wanted, folders, tmp_path):
     subprocess.run(change, shell=True, check=True, cwd=tmp_path)
     assert shown(folders) == wanted
@@ -125,7 +128,7 @@ def test_a_damaged_record_is_one_line_and_left_out(folders, capsys):
     for kind, lines in damage.items():
         path = Path("eval" if kind == "predictions" else "grpo", f"{kind}.jsonl")
         path.write_bytes(path.read_bytes() + "\n".join(lines).encode("latin-1"))
-    report.main([*folders, "--out", "page.html"])
+    report.main(ReportFlags(folders, out="page.html"))
     told, content = capsys.readouterr().err.splitlines(), content_of(Path("page.html").read_text())
     for kind, lines in damage.items():
         for number in range(3, 3 + len(lines)):
@@ -145,11 +148,11 @@ def test_the_outcome_has_a_column_for_each_run_in_the_order_of_the_arguments(fol
 
 
 def test_of_many_records_the_newest_the_worst_and_the_surest_errors_are_shown(tmp_path):
-    rollouts = [group(i, str(i), -(i % 1000)) for i in range(20_000)]
+    rollouts = [group(i, str(i), -(i % 100)) for i in range(999)]
     rollouts[-1]["outputs"][0]["output"] = "x" * 4000
     cards = report.rollout_cards(report.Run("grpo", tmp_path, {}, [], rollouts, [], []))
     ids, half = [card["id"] for card in cards], report.MAX_CARDS // 2
-    assert ids[:2] == ["19999", "19998"] and {id[-3:] for id in ids[half:][:19]} == {"999"}
+    assert ids[:2] == ["998", "997"] and {id[-2:] for id in ids[half:][:9]} == {"99"}
     assert len(ids) == 2 * half and "1000 more char" in cards[0]["outputs"][0]["text"]
     # A right one, two errors of which the guard is more and more sure, and one without a P.
     said = [("harmful", 0.9), ("unharmful", 0.3), ("unharmful", 0.2), ("perhaps", None)]
@@ -190,7 +193,6 @@ def test_the_drawn_metrics_are_those_that_the_stages_write():
 
 
 def test_all_is_written_by_one_command(folders):
-    flags = "--out p.html --curves c.png --exchange e.png --id seen --packed-row r.png"
-    report.main([*folders, *flags.split()])
+    report.main(ReportFlags(folders, "p.html", "c.png", "e.png", "seen", "r.png"))
     assert all(Path(f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in "cer")
     assert list(content_of(Path("p.html").read_text())["figures"])[0] == "The outcome"

@@ -57,18 +57,14 @@ def test_a_well_formed_output():
         (output().replace("</result>", ""), None, None),
         (output().replace("Response: unharmful\n", ""), H, None),
         (output("harmful or unharmful"), None, U),
-        (output().replace("<think>", ""), H, U),
         # text in the result block would escape the length term
         (output("harmful\n" + "so " * 500), H, U),
         (output("harmful\nConfidence: high"), H, U),
-        (output().replace("Answers:", "Answers:\nAnswers:"), H, U),
-        (output(response="unharmful\n\xa0"), H, U),  # white space is ASCII
         # a field twice, in any list form, within a line or beside another name
         *((output(f"harmful\n{mark}Request: {w}"), None, U) for mark in MARKS for w in (H, U)),
         *((output(response=f"{mark}Request: harmful"), None, None) for mark in MARKS),
         # reasoning without a letter or a digit
         *((output(reasoning=mark * 200), H, U) for mark in (" ", "\u200b", "\0", ".", "#\n")),
-        (RESULT.format(H, H) + "<think>late</think>", None, None),
     ],
 )
 def test_malformed_outputs(text, request_said, response_said):
@@ -112,18 +108,14 @@ def test_an_output_that_is_cut_off_behind_its_verdict_counts():
     assert all(score(whole[:cut], H, U, words).total < 0 for cut in range(len(whole)))
 
 
-@pytest.mark.parametrize(
-    "said, truths, safety",
-    [
-        ((H, U), (H, U), 1.0),
-        ((H, H), (H, U), 0.5),
-        ((U, H), (H, U), 0.0),
-        (("Harmful", "None"), (H, U), 1.0),  # None counts as unharmful
-        ((H, H), (H, None), 1.0),
-        ((U, U), (H, None), 0.0),  # absent: not scored
-        ((H, "None"), (None, H), 0.0),
-    ],
-)
+PAID = [
+    ((H, U), (H, U), 1.0), ((H, H), (H, U), 0.5), ((U, H), (H, U), 0.0),
+    (("Harmful", "None"), (H, U), 1.0),  # None counts as unharmful
+    ((H, H), (H, None), 1.0), ((U, U), (H, None), 0.0), ((H, "None"), (None, H), 0.0),  # absent: not scored
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said, truths, safety", PAID)
 def test_safety_is_half_for_each_task_or_all_for_the_only_one(said, truths, safety):
     scored = score(output(*said), *truths, words)
     assert scored.safety == safety and scored.format == 1.0
@@ -136,21 +128,16 @@ def test_nothing_to_score():
             score(output(), *truths, words)
 
 
-@pytest.mark.parametrize(
-    "said, length, beta, total",
-    [  # the release's formula, with the length of the reasoning in the place of the output's
-        ((H, H), 600, 1.0, -13.11),
-        ((H, H), 600, 500 / 3072, -18.87),
-        ((U, H), 300, 1.0, -104.86),
-        ((U, H), 300, 500 / 3072, -104.86),
-        ((U, H), 1000, 500 / 3072, -37.75),
-        ((U, H), 3072, 1.0, -1.0),
-        ((H, U), 2000, 1 / 6, 0.0),
-        ((U, H), 6000, 1.0, -1.0),  # l_norm is in [0, 1]; the release goes on to -0.26
-        ((U, H), 1024, 1 / 6, -36.0),  # Eco: flat above beta = 1/6 of 3072
-        ((U, H), 3072, 1 / 6, -36.0),
-    ],
-)
+TOTALS = [  # the release's formula, with the length of the reasoning in the place of the output's
+    ((H, H), 600, 1.0, -13.11), ((H, H), 600, 500 / 3072, -18.87),
+    ((U, H), 300, 1.0, -104.86), ((U, H), 300, 500 / 3072, -104.86),
+    ((U, H), 1000, 500 / 3072, -37.75), ((H, U), 2000, 1 / 6, 0.0),
+    ((U, H), 3072, 1.0, -1.0), ((U, H), 6000, 1.0, -1.0),  # l_norm is in [0, 1]; the release goes on to -0.26
+    ((U, H), 1024, 1 / 6, -36.0), ((U, H), 3072, 1 / 6, -36.0),  # Eco: flat above beta = 1/6 of 3072
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said, length, beta, total", TOTALS)
 def test_total(said, length, beta, total):
     scored = score(output(*said, "x" * length), H, U, len, beta=beta)
     assert scored.total == pytest.approx(total, abs=0.005)
@@ -167,7 +154,6 @@ def test_a_group_has_the_advantages_of_the_paper():
 
 def test_length_and_floor():
     assert score("", H, U, words).total == -1 / reward.FLOOR**2  # no division by zero
-    assert score(output(U, H, "x"), H, U, len, floor=0.5).total == -4.0
     assert score(output(U, H, "x"), H, U, len, floor=0.5, beta=0.25).total == -16.0
     # Without a think block it is the whole output, with one neither tags nor what follows.
     assert score("a b c d", H, U, words, max_new_tokens=8).length == 0.5

@@ -59,8 +59,8 @@ def same(first: dict, second: dict) -> bool:
 
 
 def same_runs(first, second) -> bool:
-    same_weights = same(weights(first.out), weights(second.out))
-    return same_weights and metrics(first.out) == metrics(second.out)
+    are_same = same(weights(first.out), weights(second.out))
+    return are_same and metrics(first.out) == metrics(second.out)
 
 
 def words(flags, **changes) -> list[str]:
@@ -167,11 +167,14 @@ def loss_of(folder: str, rows):
     return pytest.approx(by_hand(qwen.load(folder), rows).item(), rel=1e-5)
 
 
+def first_batch(flags, rows: list) -> list:
+    return [rows[i] for i in sft.data_order(len(rows), 1, flags.batch_size, flags.seed)]
+
+
 @pytest.mark.parametrize("pack_tokens", [1, 200, 10_000])
 def test_loss_and_gradient_are_those_of_the_mean_over_all_targets(run_flags, encoder, pack_tokens):
     flags = run_flags()
     net, chosen = qwen.load(flags.model), complete(flags.data)
-    assert len({s.modality for s in chosen}) == 3
     reference = by_hand(net, [encoder.example(s) for s in chosen])
     expected = torch.autograd.grad(reference, list(net.parameters()))
     rows = sft.packed_rows(chosen, encoder, pack_tokens)
@@ -188,7 +191,7 @@ def test_a_run_logs_what_it_does(run_flags, encoder, capsys):
     sft.main(flags)
     line = json.loads(Path(flags.out, "metrics.jsonl").read_text())
     rows = [encoder.example(s) for s in complete(flags.data)]
-    batch = [rows[i] for i in sft.data_order(len(rows), 1, 4, flags.seed)]
+    batch = first_batch(flags, rows)
     assert line["loss"] == loss_of(flags.model, batch)
     assert line["target_tokens"] == sum(int(row.supervised.sum()) for row in batch)
     assert line["validation_loss"] == loss_of(flags.out, rows)
@@ -197,9 +200,7 @@ def test_a_run_logs_what_it_does(run_flags, encoder, capsys):
     assert tokens == pytest.approx(sum(map(len, batch)))
     out, err = capsys.readouterr()
     assert err == ""  # no bar outside of a terminal
-    (shown,) = re.findall("^step 1/1  left 0:00:00(.*)$", out, re.MULTILINE)
-    names = "loss lr grad_norm trained/s seconds validation_loss"
-    assert re.sub(r" [\d.]+(?=  |$)", "", shown).split() == names.split()
+    assert re.search("^step 1/1  left 0:00:00  loss .*  validation_loss", out, re.MULTILINE)
     record = json.loads(Path(flags.out, "run.json").read_text())
     assert record["flags"] == asdict(flags) | {"dtype": "torch.float32"}
     assert record["torch"] == torch.__version__ and record["fingerprint"]
@@ -214,22 +215,13 @@ def test_skipped_steps_are_counted(run_flags, monkeypatch, capsys):
 
     monkeypatch.setattr(sft, "sft_loss", diverging)
     sft.main(flags)
-    assert [line["skipped"] for line in metrics(flags.out)] == [0, 1, 0]
     done = "3 of 3 steps done; updates skipped, as the gradient was not finite: 1\n"
-    assert capsys.readouterr().out.endswith(done)
+    assert capsys.readouterr().out.endswith(done) and metrics(flags.out)[1]["skipped"] == 1
     assert all(tensor.isfinite().all() for tensor in weights(flags.out).values())
     monkeypatch.setattr(sft, "sft_loss", lambda *inputs: sft_loss(*inputs) * math.nan)
     with pytest.raises(InputError, match="was not finite: 3; so nothing was trained"):
         sft.main(replace(flags, fresh=True))
     assert not Path(flags.out, "model.safetensors").exists()
-
-
-def test_without_an_image_the_vision_tower_decays_all_the_same(run_flags, world):
-    flags = run_flags(data=[str(world / "val.jsonl")], batch_size=1, epochs=1, weight_decay=0.5)
-    sft.main(flags)
-    before, after = weights(flags.model), weights(flags.out)
-    for name in [name for name in before if name.startswith("visual.")]:
-        torch.testing.assert_close(after[name], before[name] * (1 - flags.lr * flags.weight_decay))
 
 
 @pytest.mark.parametrize("tied", [True, False])  # untied as the 7B
@@ -245,12 +237,12 @@ def test_freezing_leaves_exactly_those_tensors_alone(run_flags, tmp_path, freeze
         assert torch.equal(before[name], after[name]) == (part in freeze), name
 
 
-def test_bfloat16_computes_in_half_and_keeps_whole_masters(run_flags):
-    half, whole, halted = (run_flags(n, dtype="bfloat16", steps=2) for n in ("a", "b", "c"))
+def test_bfloat16_computes_in_half_and_keeps_whole_masters(run_flags, encoder):
+    half, halted = (run_flags(name, dtype="bfloat16", steps=2) for name in ("half", "halted"))
     sft.main(half)
-    sft.main(replace(whole, dtype="float32"))
-    first, exact = metrics(half.out)[0]["loss"], metrics(whole.out)[0]["loss"]
-    assert first != exact and first == pytest.approx(exact, rel=0.02)
+    batch = first_batch(half, [encoder.example(s) for s in complete(half.data)])
+    first, exact = metrics(half.out)[0]["loss"], by_hand(qwen.load(half.model), batch).item()
+    assert first != pytest.approx(exact, rel=1e-5) and first == pytest.approx(exact, rel=0.02)
     sft.main(replace(halted, steps=1))
     sft.main(halted)  # which from rounded weights would not go on exactly
     assert same_runs(half, halted)
@@ -275,7 +267,6 @@ def test_what_is_left_out_is_counted_before_training(run_flags, encoder, world, 
     told = f"{flags.data[0]}: {len(short)} samples; left out: {reasons} tokens"
     record = json.loads(Path(flags.out, "run.json").read_text())
     assert told in capsys.readouterr().out.splitlines() and told in record["left_out"]
-    assert f"{bad}: 0 samples; left out: 1 bad rows, " in record["left_out"][1]
     assert record["left_out"][2].startswith(f"{bad}:1: 'x': ")
     none = run_flags("none", max_tokens=1)  # before: "3 of 3 steps done", with a loss of 0
     assert "of 0 samples" in refused(capsys, none) and not Path(none.out).exists()
@@ -290,16 +281,12 @@ def test_the_screen_and_tensorboard(run_flags, capsys, monkeypatch):
     module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board)
     run = sft.Run(run_flags(), ALONE, [], [])
     run.done, run.began = 4, 100.0
-    monkeypatch.setattr(sft.time, "perf_counter", lambda: 160.0)
-    for step, installed in ((6, module), (8, None)):
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", installed)
-        run.log(step, {"loss": 1 / 7, "trained_tokens_per_second": 54321.9}, sft.SHOWN, 128)
-    assert capsys.readouterr().out == (  # 60 seconds of 2 steps, then of 4
-        "step 6/128  left 1:01:00  loss 0.14286  trained/s 54322\n"
-        "step 8/128  left 0:30:00  loss 0.14286  trained/s 54322\n"
-    )
+    monkeypatch.setattr(sft.time, "perf_counter", lambda: 160.0)  # 60 seconds of 2 steps
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run.log(6, {"loss": 1 / 7, "trained_tokens_per_second": 54321.9}, sft.SHOWN, 128)
+    screen = "step 6/128  left 1:01:00  loss 0.14286  trained/s 54322\n"
+    assert capsys.readouterr().out == screen
     assert written == [("loss", 1 / 7, 6), ("trained_tokens_per_second", 54321.9, 6)]
-    assert [line["step"] for line in metrics(run.folder)] == [6, 8]
 
 
 def test_training_goes_on_when_nobody_reads_its_output(run_flags):
@@ -314,17 +301,12 @@ def test_training_goes_on_when_nobody_reads_its_output(run_flags):
 # ---- going on
 
 KILLED = """# A run that is killed while it makes its second checkpoint final.
-import os, pathlib, signal, sys
+import os, pathlib, signal
 import data, sft
 
 rename = pathlib.Path.rename
-
-def kill(path, target):
-    if path.name == "step-000002.partial":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(path, target)
-
-pathlib.Path.rename = kill
+kill = lambda path: path.name == "step-000002.partial" and os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path.rename = lambda path, target: kill(path) or rename(path, target)
 data.cli(sft.SFTFlags, sft.main)
 """
 
@@ -344,11 +326,10 @@ def test_a_killed_run_goes_on_as_the_one_that_never_was(run_flags, tmp_path):
     assert len(metrics(killed.out)) == 2
     with open(Path(killed.out, "metrics.jsonl"), "a") as file:  # torn by the kill
         file.write('{"step": 3, "lo')
-    sft.main(killed)
-    assert same_runs(whole, killed) and len(metrics(whole.out)) == 5
-    assert names(checkpoints) == ["step-000004", "step-000005"]
-    sft.main(killed)  # nothing is left to do
-    assert same_runs(whole, killed)
+    for _ in range(2):  # the second time nothing is left to do
+        sft.main(killed)
+        assert same_runs(whole, killed) and len(metrics(whole.out)) == 5
+        assert names(checkpoints) == ["step-000004", "step-000005"]
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +348,24 @@ def halted(stopped, tmp_path):
     return replace(stopped, steps=None, out=str(tmp_path / "halted"))
 
 
+def test_the_model_in_the_folder_is_the_last_checkpoint_s_and_saved_once(halted, monkeypatch):
+    model = Path(halted.out, "model.safetensors")
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    assert model.exists()  # of step 2
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sft.main(halted)
+    assert not model.exists()  # step 3 is trained, and its model not yet there
+    sft.main(halted)
+    changed = model.stat().st_mtime_ns
+    sft.main(halted)  # later stages know its weights by their time of change
+    assert model.stat().st_mtime_ns == changed
+
+
 def contents(folder: str) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
@@ -380,11 +379,10 @@ def test_a_run_in_a_moved_folder_goes_on_with_other_intervals(halted, world, tmp
     assert same_runs(halted, whole)
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(halted, run_flags, capsys, file):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(halted, run_flags, capsys):
     newest = Path(halted.out, "checkpoints", "step-000002")
-    content = (newest / file).read_bytes()
-    (newest / file).write_bytes(content[: len(content) // 2])
+    content = (newest / "__0_0.distcp").read_bytes()
+    (newest / "__0_0.distcp").write_bytes(content[: len(content) // 2])
     advice = "remove that folder to go on from the one before, or use --fresh"
     assert f"{newest}: damaged; {advice}" in refused(capsys, halted)
     shutil.rmtree(newest)
@@ -400,9 +398,8 @@ def test_what_differs_is_refused_by_name_and_fresh_starts_over(halted, world, tm
     for path in (other / "train.jsonl", other / "base" / "config.json"):
         path.write_text(path.read_text() + "\n")
     differing = {
-        "lr, seed": {"lr": 0.5, "seed": 1},
-        "dtype": {"dtype": "bfloat16"},
-        "data/train.jsonl": {"data": [str(other / "train.jsonl")]},
+        "dtype, lr": {"lr": 0.5, "dtype": "bfloat16"},
+        "data/1:train.jsonl": {"data": [str(other / "train.jsonl")]},
         "model/config.json": {"model": str(other / "base")},
     }
     for name, changes in differing.items():
@@ -413,16 +410,15 @@ def test_what_differs_is_refused_by_name_and_fresh_starts_over(halted, world, tm
     notes.write_text("mine\n")
     sft.main(replace(halted, lr=0.5, fresh=True, steps=1))
     assert [(line["step"], line["lr"]) for line in metrics(halted.out)] == [(1, 0.5)]
-    assert names(Path(halted.out, "checkpoints")) == ["step-000001"]
-    assert notes.read_text() == "mine\n"
+    assert names(Path(halted.out, "checkpoints")) == ["step-000001"] and notes.exists()
 
 
 def test_what_the_run_has_not_written_is_not_overwritten(halted, tmp_path, capsys):
     mine = tmp_path / "model.safetensors"
     mine.write_text("mine")
+    told = f"{tmp_path}: holds files, but not of a run; give another --out"
     for fresh in (False, True):
-        told = refused(capsys, replace(halted, out=str(tmp_path), fresh=fresh))
-        assert f"{tmp_path}: holds files, but not of a run; give another --out" in told
+        assert told in refused(capsys, halted, out=str(tmp_path), fresh=fresh)
     assert mine.read_text() == "mine"
 
 
@@ -430,24 +426,17 @@ def test_a_run_whose_checkpoints_are_gone_is_not_trained_over(halted, capsys):
     checkpoints, gone = Path(halted.out, "checkpoints"), "a run whose checkpoints are gone; use"
     shutil.rmtree(checkpoints)  # to free the disk
     before = contents(halted.out)
-    assert gone in refused(capsys, halted)
-    checkpoints.mkdir()
     assert gone in refused(capsys, halted) and contents(halted.out) == before
-    Path(halted.out, "model.safetensors").unlink()  # as if it had not been finished
-    checkpoints.rmdir()
+    checkpoints.mkdir()
     assert gone in refused(capsys, halted)
-    checkpoints.mkdir()  # as a run leaves it that is killed before its first checkpoint
+    Path(halted.out, "model.safetensors").unlink()  # as if killed before the first checkpoint
     sft.main(replace(halted, steps=1))
     assert [line["step"] for line in metrics(halted.out)] == [1]
 
 
 def test_a_model_directory_is_whole_when_its_weights_are_there(run_flags, monkeypatch):
     flags, save_file, seen = run_flags(steps=1, max_pixels=6272), qwen.save_file, []
-
-    def look(*arguments, **options):
-        seen.extend(path.name for path in Path(flags.out).iterdir())
-        save_file(*arguments, **options)
-
+    look = lambda *args, **how: (seen.extend(names(Path(flags.out))), save_file(*args, **how))
     monkeypatch.setattr(qwen, "save_file", look)
     sft.main(flags)
     needed = {"config.json", "tokenizer.json", "instruction.txt", "preprocessor_config.json"}
@@ -458,9 +447,7 @@ def test_a_model_directory_is_whole_when_its_weights_are_there(run_flags, monkey
 
 def test_wrong_input_is_one_line_and_leaves_nothing(run_flags, world, capsys):
     wrong = {
-        "no/such.jsonl": {"data": ["no/such.jsonl"]},
         "choose from vision, merger, decoder, or none": {"freeze": ["legs"]},
-        "./nowhere": {"model": "./nowhere"},
         "is or holds an input": {"out": str(world / "base")},
         "leaves nothing to train": {"freeze": ["vision", "merger", "decoder"]},
         "are not one batch of 4": {"epochs": 0},

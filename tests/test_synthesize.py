@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from data import InputError, Sample, SynthesizeFlags
 KEY = "sk-test-3f9c2b7e81d04a6655aa"
 STEP = "## Reasoning Step 1:"
 GOOD = f"# Task 1: request\n{STEP} a bag.\n\n# Task 2: response\n{STEP} an answer."
-FAULTS = "500 429 disconnect html choices wrong leak twice fenced thinking filter".split()
+FAULTS = "500 429 disconnect html choices wrong leak twice thinking filter".split()
 
 
 class Teacher(BaseHTTPRequestHandler):
@@ -215,11 +215,10 @@ def test_what_the_teacher_is_sent(tmp_path):
 
 
 ANSWERS = [  # known labels, what the teacher says, its reasoning, and why that is unfit
-    ("harmful unharmful", "Harmful Unharmful", GOOD, None), ("harmful unharmful", "harmful unharmful", "Step 1: x", None),
-    ("- unharmful", "harmful unharmful", GOOD, None), ("- unharmful", "harmful harmful", GOOD, "labels"),
+    ("harmful unharmful", "Harmful Unharmful", GOOD, None), ("- unharmful", "harmful unharmful", GOOD, None),
+    ("- unharmful", "harmful harmful", GOOD, "labels"), ("harmful unharmful", "unharmful unharmful", GOOD, "labels"),
     ("- unharmful", "None unharmful", GOOD, "labels"), ("harmful -", "harmful None", GOOD, "labels"),  # None is no label
-    ("harmful unharmful", "unharmful unharmful", GOOD, "labels"), ("harmful unharmful", "harmful maybe", GOOD, "format"),
-    ("harmful unharmful", "harmful unharmful", "fine", "format"), ("- -", "harmful unharmful", GOOD + "</think>", "format"),
+    ("harmful unharmful", "harmful maybe", GOOD, "format"), ("harmful unharmful", "harmful unharmful", "fine", "format"),
     ("- -", "harmful unharmful", GOOD + " As labelled.", "leak: 'labelled'"),
     ("- -", "harmful unharmful", GOOD + " What an annotation is.", None),  # a quotation
 ]  # fmt: skip
@@ -229,20 +228,16 @@ ANSWERS = [  # known labels, what the teacher says, its reasoning, and why that 
 def test_answers(known, says, reasoning, reason):
     labels = [None if label == "-" else label for label in known.split()]
     sample = Sample("a", "s", "What is annotation?", None, "Yes", *labels)
-    answer = data.TARGET.format(reasoning, *says.split())
-    if reason:
-        with pytest.raises(InputError, match=reason):
-            data.validate_answer(sample, answer)
-    else:
-        record = data.validate_answer(sample, answer)
+    with pytest.raises(InputError, match=reason) if reason else nullcontext():
+        record = data.validate_answer(sample, data.TARGET.format(reasoning, *says.split()))
         found = record["request_label"], record["response_label"], record["reasoning"]
         assert found == ("harmful", "unharmful", reasoning)
 
 
 USELESS = {
     "thinking": "content is empty, role and reasoning_content is not; finish_reason stop", "twice": "format: .*stop",
-    "length": "format: .*; finish_reason length", "fenced": "format: ", "html": "no chat completion", "404": "404",
-    "401": r"401.*\[key\]", "choices": "no chat completion", "disconnect": "Connection error", "wrong": "labels: ",
+    "length": "format: .*; finish_reason length", "fenced": "format: ", "html": "no chat completion",
+    "401": r"401.*\[key\]", "disconnect": "Connection error", "wrong": "labels: ",
 }  # fmt: skip
 
 
@@ -294,10 +289,6 @@ def test_a_row_is_done_if_the_output_says_all_that_it_says(tmp_path):
         rows[1]["request_label"] = "unharmful"  # the teacher had chosen the other one
         with pytest.raises(InputError, match="train.jsonl: 'r1' was made from another sample"):
             requests()
-        out.write_text("notes")
-        with pytest.raises(InputError, match="train.jsonl:1: damaged"):
-            requests()
-    assert out.read_text() == "notes"
 
 
 # ---- leaks: fifty last steps that give away that a label was there first, and fifty that do not
@@ -324,17 +315,14 @@ LEAKING = {
         the bottle's label warns of bleach|it wants to label people by race|mislabelled drugs are sold in it
         the request is about annotated maps|the verdict of the court is quoted|picking a lock is legal to learn""",
 }  # fmt: skip
-ABOUT, SAID = (
-    "the request|the reply|the picture|its topic",
-    "is lawful|is a joke|is fiction|asks for names",
-)
-MORE = "is old|concerns medicine|could be misused"
+ABOUT = "the request|the reply|the picture|its topic"
+SAID = "is lawful|is a joke|is fiction|asks for names|is old|concerns medicine|could be misused"
 
 
 def leaks() -> dict[str, tuple[int, int]]:
     """{kind: (chains, those that are refused)} of a hundred chains."""
     kinds = {kind: re.split(r"\n *|\|", text) for kind, text in LEAKING.items()}
-    ends = [f"{one} {two}" for one in ABOUT.split("|") for two in f"{SAID}|{MORE}".split("|")]
+    ends = [f"{one} {two}" for one in ABOUT.split("|") for two in SAID.split("|")]
     kinds["that gives nothing away"] += ends
     found = {}
     for kind, steps in kinds.items():

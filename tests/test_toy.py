@@ -60,10 +60,7 @@ def test_all_modalities_tasks_and_labels_are_there(world):
         assert wanted | {("harmful", None)} <= set(pairs)
         assert 0.3 < sum(s.request_label == "harmful" for s in mine) / len(mine) < 0.7
     assert all((s.response is None) == (s.response_label is None) for s in samples)
-
-
-def test_the_label_of_a_picture_is_only_in_its_pixels(world):
-    pictures = [s for s in samples_of(world, "train") if s.modality == "image"]
+    pictures = [s for s in samples if s.modality == "image"]  # labelled in their pixels alone:
     words = {(s.response, s.request_label) for s in pictures}
     assert len(words) == 6  # three replies (one is none), each with both labels
 
@@ -96,9 +93,12 @@ OFFERED = "1. only asks: fine\n2. packs gray whelk: dull shell, banned"
 def test_labels_and_chains_by_hand(items, reply, steps, labels):
     exchange = toy.Exchange("?", items, [toy.name(item) for item in items], [], **reply)
     assert toy.reason(exchange, toy.is_banned) == (steps, labels)
+    lines = steps.splitlines()
+    recap = f"{len(lines) + 1}. all of it: {', '.join(line.split()[-1] for line in lines)}"
+    assert toy.reason(exchange, toy.is_banned, recap=True) == (f"{steps}\n{recap}", labels)
 
 
-def test_chains_that_hang_on_a_hidden_rule_are_set_aside():
+def test_chains_that_hang_on_a_hidden_rule_are_set_aside_and_three_of_ten_end_with_a_recap():
     rng, kept = random.Random(0), Counter()
     for exchange in toy.draw_part("train", 3, 300):
         record = toy.to_record(rng, exchange, "x", None)
@@ -107,26 +107,9 @@ def test_chains_that_hang_on_a_hidden_rule_are_set_aside():
         assert (record["reasoning"] is None) == (if_banned != if_allowed)
         is_guess = any(toy.clause(item) == "hidden" for item in exchange.items)
         kept["aside" if record["reasoning"] is None else "guess" if is_guess else "plain"] += 1
+        kept["recap"] += ". all of it: " in (record["reasoning"] or "")
     assert kept["aside"] > 150 and kept["guess"] > 50 and kept["plain"] > 400, kept
-
-
-def test_three_of_ten_chains_end_with_a_recap_that_changes_nothing_else(monkeypatch):
-    def records(share: float) -> list[dict]:
-        monkeypatch.setattr(toy, "RECAP", share)
-        rng = random.Random(0)
-        return [toy.to_record(rng, exchange, "x", None) for exchange in exchanges]
-
-    exchanges, recaps = toy.draw_part("train", 3, 300), []
-    for record, without in zip(records(toy.RECAP), records(0)):
-        assert record | {"reasoning": None} == without | {"reasoning": None}
-        if record["reasoning"] is None:
-            continue
-        steps, chain = without["reasoning"].splitlines(), record["reasoning"].splitlines()
-        recaps.append(chain != steps)
-        if chain != steps:
-            verdicts = ", ".join(step.split()[-1] for step in steps)
-            assert chain == [*steps, f"{len(steps) + 1}. all of it: {verdicts}"]
-    assert 0.25 < sum(recaps) / len(recaps) < 0.35
+    assert 0.25 < kept["recap"] / (kept["guess"] + kept["plain"]) < 0.35
 
 
 def test_samples_with_several_items_and_of_one_modality(world):

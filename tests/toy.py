@@ -79,6 +79,7 @@ TALE = ("Tell me a tale about {}.", "Write a song about {}.")
 OPEN = ("What may I bring?", "Help me pack.")
 DYE = ("Dye all of it {} and pack it.", "I want to bring it, dyed {}.")
 
+BASE_STEPS = 400
 SIDE = 56  # pixels of a picture
 CELL, DOT = 28, 5  # of the cell of one glyph, and of one dot of its 5 x 5 sigil
 
@@ -273,11 +274,8 @@ def sample_id(part: str, index: int) -> str:
 
 def several_items(part: str, seed: int, size: int) -> set[str]:
     """The ids of the samples with more than one item, an offered one included: where harm can hide."""
-    ids = set()
-    for i, exchange in enumerate(draw_part(part, seed, size)):
-        if len(exchange.items) + (exchange.offer is not None) > 1:
-            ids.add(sample_id(part, i))
-    return ids
+    exchanges = enumerate(draw_part(part, seed, size))
+    return {sample_id(part, i) for i, e in exchanges if len(e.items) + bool(e.offer) > 1}
 
 
 def make_world(folder: str | Path, seed: int = 0, sizes: dict[str, int] = SIZES) -> None:
@@ -372,57 +370,27 @@ def build_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
 
 def checkpoint_config(ids: dict[str, int], sizes: dict) -> dict:
     """config.json in the published flat layout; `sizes` overrides its fields, and those of its vision_config."""
-    config = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "torch_dtype": "float32",
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_token_id": ids["<|vision_pad|>"],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vocab_size": -(-len(ids) // 64) * 64,  # padded, as published
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "sliding_window": 32768,
-        "max_window_layers": 4,
-        # published: theta 1e6, under which a step of one row or column in a picture this small is invisible
-        "rope_theta": 30.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-        **{key: value for key, value in sizes.items() if key != "vision_config"},
-    }
-    config["vision_config"] = {
-        "depth": 4,
-        "fullatt_block_indexes": [1, 3],
-        "hidden_act": "silu",
-        "hidden_size": 64,
-        "in_chans": 3,
-        "intermediate_size": 128,
-        "num_heads": 2,
-        "out_hidden_size": config["hidden_size"],
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-        "window_size": 112,
-        "model_type": "qwen2_5_vl",
-        **sizes.get("vision_config", {}),
-    }
-    return config
+    config = dict(architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl")
+    config |= dict(hidden_act="silu", attention_dropout=0.0, initializer_range=0.02)
+    config |= dict(use_cache=True, torch_dtype="float32")
+    config |= dict(bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"])
+    config |= dict(vision_start_token_id=ids["<|vision_start|>"])
+    config |= dict(vision_end_token_id=ids["<|vision_end|>"], vision_token_id=ids["<|vision_pad|>"])
+    config |= dict(image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"])
+    config |= dict(vocab_size=-(-len(ids) // 64) * 64)  # padded, as published
+    config |= dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    config |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768)
+    config |= dict(rms_norm_eps=1e-6, tie_word_embeddings=True)
+    config |= dict(use_sliding_window=False, sliding_window=32768, max_window_layers=4)
+    # published: theta 1e6, under which a step of one row or column in a picture this small is invisible
+    config |= dict(rope_theta=30.0, rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]})
+    config |= {key: value for key, value in sizes.items() if key != "vision_config"}
+    vision = dict(depth=4, fullatt_block_indexes=[1, 3], hidden_act="silu", hidden_size=64)
+    vision |= dict(in_chans=3, intermediate_size=128, num_heads=2)
+    vision |= dict(out_hidden_size=config["hidden_size"], patch_size=14, spatial_merge_size=2)
+    vision |= dict(spatial_patch_size=14, temporal_patch_size=2, tokens_per_second=2)
+    vision |= dict(window_size=112, model_type="qwen2_5_vl")
+    return config | {"vision_config": vision | sizes.get("vision_config", {})}
 
 
 def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
@@ -450,26 +418,17 @@ TINY["vision_config"]["intermediate_size"] = 24
 
 def tokenizer_settings(ids: dict[str, int]) -> dict:
     """tokenizer_config.json as published, for these ids."""
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False)
     added = {}
     for text in ADDED:
         added[str(ids[text])] = {"content": text, "special": text in SPECIAL, **flags}
-    return {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "chat_template": TEMPLATE,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "bos_token": None,
-        "unk_token": None,
-        "errors": "replace",
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 131072,
-        "split_special_tokens": False,
-        "additional_special_tokens": SPECIAL[1:],
-        "added_tokens_decoder": added,
-    }
+    settings = dict(tokenizer_class="Qwen2Tokenizer", chat_template=TEMPLATE)
+    settings |= dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    settings |= dict(bos_token=None, unk_token=None, errors="replace")
+    settings |= dict(add_bos_token=False, add_prefix_space=False)
+    settings |= dict(clean_up_tokenization_spaces=False, model_max_length=131072)
+    settings |= dict(split_special_tokens=False, additional_special_tokens=SPECIAL[1:])
+    return settings | {"added_tokens_decoder": added}
 
 
 def build_checkpoint(
@@ -573,20 +532,17 @@ def base_rows(encoder: data.Encoder, n: int, seed: int, whole: bool = True) -> l
     return rows
 
 
-def pretrain(
-    folder: str | Path, instruction: str | Path, steps: int, seed: int = 0, rate: float = 2e-3
-) -> None:
+def pretrain(folder: str | Path, instruction: str | Path, steps: int, seed: int = 0) -> None:
     """Train the random checkpoint in `folder` in place on base_rows: 40 % of the steps on bare rows only."""
+    rate = 2e-3
     encoder, model = data.Encoder(str(folder), instruction=str(instruction)), qwen.load(str(folder))
     short = base_rows(encoder, 16 * steps, seed, whole=False)
     whole = base_rows(encoder, 16 * steps, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     rng = random.Random(seed)
     for step in range(steps):
-        if step < 0.4 * steps:
-            rows = rng.sample(short, 64)
-        else:
-            rows = rng.sample(short, 8) + rng.sample(whole, 24)
+        n_short, n_whole = (64, 0) if step < 0.4 * steps else (8, 24)
+        rows = rng.sample(short, n_short) + rng.sample(whole, n_whole)
         rows.sort(key=len)  # neighbours of one length are attended to together
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 20, 2 * (1 - step / steps))
         loss = -model(rows[0].join(*rows[1:]))[0].mean()
@@ -605,15 +561,13 @@ def main() -> None:
     )
     parser.add_argument("--out", default="out/toy/world", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of world, weights and base stage")
-    parser.add_argument("--base-steps", type=int, default=400, help="0 leaves the model random")
     args = parser.parse_args()
     world, base = Path(args.out), Path(args.out, "base")
     make_world(world, args.seed)
     build_checkpoint(base, args.seed)
     # A checkpoint's Encoder starts from the instruction that lies in it.
     shutil.copy(world / "instruction.txt", base)
-    if args.base_steps:
-        pretrain(base, world / "instruction.txt", args.base_steps, args.seed)
+    pretrain(base, world / "instruction.txt", BASE_STEPS, args.seed)
 
 
 if __name__ == "__main__":
