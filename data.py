@@ -128,14 +128,15 @@ class Sample:
 
 
 KEYS = tuple(entry.name for entry in fields(Sample)[:-1])  # without `folder`
-REQUIRED, EXCHANGE, TEXTS = KEYS[:3], KEYS[:5], KEYS[:-1]  # up to request, response, reasoning
+REQUIRED = ("id", "source", "request")
+EXCHANGE = (*REQUIRED, "image", "response")
 
 
 def from_json(record: dict, folder: Path) -> Sample:
     """The sample that a JSON object holds. The InputError says what is wrong, not where."""
     for name in sorted(record.keys() - KEYS):
         raise InputError(f"unknown field {name!r} (`data.py convert` reads the released formats)")
-    for name in TEXTS:
+    for name in KEYS[:-1]:  # all but `parents`
         value = record.get(name)
         if not isinstance(value, str) and (value is not None or name in REQUIRED):
             raise InputError(f"field {name!r} is {'missing' if value is None else 'not a string'}")
@@ -239,7 +240,7 @@ class Encoder:
         self.image_id = self.control["image_pad"]
         self.stop_ids = [self.control["im_end"], self.control["endoftext"]]
         self.banned_ids = (self.image_id, self.control["video_pad"])
-        # Where a label begins, the logits of these two are P(harmful).
+        # Where a label begins, the logits of the two words' first tokens give P(harmful).
         self.words = (*self._encode(" harmful")[:1], *self._encode(" unharmful")[:1])
 
         fits = self.image_id == config.image_token_id and len(self.tokenizer) <= config.vocab_size
@@ -583,6 +584,7 @@ def changed(before: dict, now: dict) -> list[str]:
 def check_inputs(flags) -> None:
     """InputError naming the command to run, if flags.data or a stage's flags.model is missing."""
     made_by = {"out/sft": "sft.py", "out/rl.jsonl": "augment.py", "out/guard": "grpo.py"}
+    made_by["out/guard-eco"] = "grpo.py --eco"
     for path in (flags.model, *flags.data):
         if not Path(path).exists() and (path in made_by or path != flags.model):
             command = f"`python {made_by.get(path, 'data.py convert')}`"

@@ -7,7 +7,7 @@ Greedy decoding, positive class "harmful". Where this differs from the release:
 - the verdict is that of the last result block; words inside the reasoning never count;
 - an unreadable verdict counts once, as the wrong one, on every benchmark, and is shown;
 - 3,072 new tokens, as in the RL stage, instead of 4,096; outputs cut there are shown as truncated;
-- a label comes with P(harmful), from the model's probabilities of both words, F1 with AUROC.
+- a label comes with P(harmful), from the logits of both words' first tokens, F1 with AUROC.
 A benchmark is a `source`, or what it has of one modality. An average is the paper's: the mean of
 its benchmarks' F1, weighted by their rows. Rows without a label are judged, but not scored.
 

@@ -6,9 +6,9 @@ Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/rollouts.
 
 No KL term and no reference model. A step is one rollout batch, updated on in several mini-batches.
 A prompt and its G completions are one packed row. Sampling encodes the prompt once. So does every
-forward pass of the update: one for a group of the first mini-batch, and one more for the others,
-whose log P_old must be known before the first update. A group longer than --pack-tokens is cut, and
-each part has its prompt.
+forward pass of the update: one for a group of the first mini-batch, two for the others, whose log
+P_old must be known before the first update. A group longer than --pack-tokens is cut, and each part
+has its prompt.
 
 State is weights, optimizer and step: what a step samples is a function of (weights, seed, step,
 position in the rollout batch, number of the completion), so one process and many draw the same
@@ -150,13 +150,14 @@ def policy_loss(
 ) -> tuple[Tensor, dict]:
     """Eq. (6), summed over S tokens: - min(K A, clip(K, 1 - B_s, 1 + B_s) A). All inputs are [S].
 
-    The caller divides by the tokens of the mini-batch. Of a token's gradient comes through:
+    The caller divides by the tokens of the mini-batch. How much of a token's gradient passes:
     - all, if K is within the clip range, bounds included (both sides of the minimum are then equal,
-      torch gives each half, and `clamp` lets its half through);
+      torch gives each half, and `clamp` lets its half pass);
     - all, if K is outside, on the side that A pushes away from;
-    - nothing, if K is outside, on the side that A pushes to.
+    - none, if K is outside, on the side that A pushes to.
     At B_s = 0, the last step of Eq. (7), the first mini-batch learns in full, since there K is 1 by
-    construction; in later ones only tokens with K < 1 and A > 0, or K > 1 and A < 0.
+    construction; in later ones tokens whose K has not moved, or against A (K < 1 with A > 0, or
+    K > 1 with A < 0).
 
     The metrics are sums over tokens that have an advantage.
     """
@@ -273,7 +274,7 @@ def update_policy(
             loss = loss / tokens  # the mean over the tokens of all ranks
             sft.backward(loss, ranks)
             total += loss.item()
-            sums.update(loss_metrics)
+            sums.update(loss_metrics)  # a Counter adds
             sums["entropy"] += entropies[advantages != 0].sum().item()
             sums["tokens"] += int((advantages != 0).sum())
             sums["trained"] += len(batch.row)

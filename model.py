@@ -12,6 +12,7 @@ T  tokens of a row          D  hidden size           N  prompts that are being a
 S  supervised tokens        H  heads                 B  branches: completions being generated
 P  patches of images        K  key-value heads       R  slots of a cache: one per prompt or branch
 V  vocabulary               d  size of a head        C  capacity of a slot, in tokens
+(These letters are the code's; the paper's R, S and K_i are other things.)
 
     python -c "import model as m; print(m.outline(m.locate('Qwen/Qwen2.5-VL-3B-Instruct')))"
 """  # noqa: E501
@@ -820,7 +821,7 @@ class DecodeBatch:
         queries = Counter(prompt for prompt, _ in self.branches)
         capacity = max([self.prompt_cache.capacity, *lengths])
         self.prompt_cache.grow(list(queries.values()), capacity)
-        self.prompt_cache.set_lengths(torch.tensor(lengths, device=device), max(lengths, default=0))
+        self.prompt_cache.set_lengths(lengths, torch.tensor(lengths, device=device))
         self.own_cache.grow([1] * count, self.own_cache.capacity)
         self.slots = torch.arange(count, device=device)
 
@@ -909,7 +910,7 @@ class DecodeBatch:
         if longest > self.own_cache.capacity:
             capacity = min(max(64, 2 * longest), self.max_new_tokens)
             self.own_cache.grow([1] * len(self.lengths), capacity)
-        self.own_cache.set_lengths(index, longest)
+        self.own_cache.set_lengths(self.lengths, index)
         x = model.model.embed_tokens(state.token)  # [B, D]
         cos, sin = model.rope(state.position.expand(3, -1))
         for layer in model.model.layers:
@@ -953,20 +954,17 @@ class KVCache:
     """
 
     def __init__(self, model: QwenVL):
-        self.head, self.shape = (
-            model.head,
-            (model.config.num_key_value_heads, model.config.head_dim),
-        )
+        self.head = model.head  # whose type and device the caches have
+        self.heads, self.size = model.config.num_key_value_heads, model.config.head_dim
         self.capacity = 0
         self.layers = [self.zeros(0, 0)] * model.config.num_hidden_layers
 
     def zeros(self, slots: int, capacity: int) -> Tensor:
         """A layer, in memory as attention reads it: token after token for the kernel, all tokens of
         a key head together for the plain formula, which would copy it otherwise."""
-        heads, size = self.shape
         if has_varlen(self.head):
-            return self.head.new_zeros(2, slots, capacity, heads, size)
-        return self.head.new_zeros(2, slots, heads, capacity, size).transpose(2, 3)
+            return self.head.new_zeros(2, slots, capacity, self.heads, self.size)
+        return self.head.new_zeros(2, slots, self.heads, capacity, self.size).transpose(2, 3)
 
     def keep(self, slots: list[int], capacity: int) -> None:
         """Drop all slots but these, and all tokens beyond the capacity. Layer by layer: two whole
@@ -994,12 +992,13 @@ class KVCache:
             is_used = torch.arange(self.most_queries) < torch.tensor(queries)[:, None]
             self.places = is_used.flatten().nonzero().squeeze(1).to(device)  # [B]
 
-    def set_lengths(self, lengths: Tensor, longest: int) -> None:
-        """How many keys of each slot count [R], on the device, and the most of them."""
-        self.lengths, self.longest = lengths.int(), longest
-        if not has_varlen(self.head):
-            tokens = torch.arange(longest, device=lengths.device)
-            self.masked_keys = tokens >= lengths.view(-1, 1, 1, 1, 1)  # [R, 1, 1, 1, longest]
+    def set_lengths(self, lengths: list[int], on_device: Tensor) -> None:
+        """How many keys of each slot count [R], for the host and for the device."""
+        self.lengths, self.longest = on_device.int(), max(lengths, default=0)
+        self.masked_keys = None
+        if len(set(lengths)) > 1 and not has_varlen(self.head):
+            tokens = torch.arange(self.longest, device=on_device.device)
+            self.masked_keys = tokens >= on_device.view(-1, 1, 1, 1)  # [R, 1, 1, longest]
 
     def attend(self, q: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """softmax(q k / sqrt(d)) v of queries q [B, H, d] over keys and values of a layer: [B, H,
@@ -1010,19 +1009,21 @@ class KVCache:
             packed = q, keys.flatten(0, 1), values.flatten(0, 1)
             return varlen_attention(*packed, self.ends, longest, used=self.lengths)
         # Written out, in float32: Q queries of every slot, G heads of each for a key head.
-        slots, _, kv_heads, size = keys.shape
-        queries = q.float() * size**-0.5
+        queries = q.float() * self.size**-0.5
         if self.places is not None:
-            padded = queries.new_zeros(slots * self.most_queries, *q.shape[1:])
+            padded = queries.new_zeros(len(keys) * self.most_queries, *q.shape[1:])
             queries = padded.index_copy_(0, self.places, queries)
-        queries = queries.view(slots, self.most_queries, kv_heads, -1, size)  # [R, Q, K, G, d]
-        keys = keys[:, : self.longest].float()  # [R, t, K, d]
-        values = values[:, : self.longest].float()
-        scores = torch.einsum("rqkgd,rtkd->rkqgt", queries, keys)
-        scores.masked_fill_(self.masked_keys, float("-inf"))
-        out = torch.einsum("rkqgt,rtkd->rqkgd", scores.softmax(-1), values)
-        out = out.reshape(-1, *q.shape[1:])  # [R * Q, H, d]
-        lse = scores.logsumexp(-1).transpose(1, 2).reshape(-1, q.shape[1])  # [R * Q, H]
+        queries = queries.view(len(keys), self.most_queries, self.heads, -1, self.size)
+        queries = queries.transpose(1, 2)  # [R, K, Q, G, d]
+        keys = keys[:, : self.longest].transpose(1, 2).float()  # [R, K, t, d]
+        values = values[:, : self.longest].transpose(1, 2).float()
+        scores = queries.flatten(2, 3) @ keys.mT  # [R, K, Q * G, t]
+        if self.masked_keys is not None:
+            scores.masked_fill_(self.masked_keys, float("-inf"))
+        out = (scores.softmax(-1) @ values).view(queries.shape)  # [R, K, Q, G, d]
+        lse = scores.logsumexp(-1).view(queries.shape[:-1])
+        out = out.transpose(1, 2).reshape(-1, *q.shape[1:])  # [R * Q, H, d]
+        lse = lse.transpose(1, 2).reshape(-1, q.shape[1])
         if self.places is not None:
             out, lse = out[self.places], lse[self.places]
         return out.to(q.dtype), lse

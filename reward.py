@@ -132,7 +132,7 @@ def parse(output: str) -> Verdict:
     words, offsets = zip(*read)
 
     # 3. The format: both blocks once, in order, with nothing around them or beside the labels.
-    blocks = r"\s*<think>.*</think>\s*<result>.*</result>\s*"
+    layout = r"\s*<think>.*</think>\s*<result>.*</result>\s*"
     lines = [line for line in block.split("\n") if line.strip(string.whitespace)]
     if lines and lines[0].strip(string.whitespace + "*#>:-").lower() in ("answer", "answers"):
         del lines[0]  # the header
@@ -141,7 +141,7 @@ def parse(output: str) -> Verdict:
         and None not in words
         and len(lines) == 2
         and all(output.count(tag) == 1 for tag in TAGS)
-        and re.fullmatch(blocks, output, re.DOTALL | re.ASCII) is not None
+        and re.fullmatch(layout, output, re.DOTALL | re.ASCII) is not None
     )
     return Verdict(reasoning, *map(label, words), format_ok, words, offsets)
 

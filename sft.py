@@ -176,8 +176,9 @@ def usable_samples(
     `most` tokens, and lines that say what is left out. Every sample is encoded once to count them,
     each rank its share: a damaged image ends the run now, and not at hour five."""
     samples, bad_rows = data.read_samples(paths, flags.skip_bad)
-    usable = [s for s in samples if s.is_complete]
-    if not complete:
+    if complete:
+        usable = [s for s in samples if s.is_complete]
+    else:
         usable = [s for s in samples if s.request_label or s.response_label]
     share = range(ranks.rank, len(usable), ranks.world)
     rows = prefetch(encode, (usable[i] for i in share))

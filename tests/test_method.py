@@ -70,7 +70,7 @@ def test_the_whole_method(tmp_path):
     assert joined.request == "May I bring moss? May I bring this?" and joined.image == "red.png"
     assert (joined.request_label, joined.response_label) == ("harmful", "unharmful")
 
-    # ---- Rollout: G = 4 outputs of the first sample, written by hand. All reason in 3 words of at most 6.
+    # ---- Rollout: G = 4 outputs of the first sample, written by hand. Three reason in 3 words, where at most 6 are allowed.
     outputs = [
         right,
         half_right,

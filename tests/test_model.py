@@ -525,7 +525,7 @@ def test_decoding_attention_equals_the_dense_one(back_end, net, dtype):
     cache = ours.KVCache(copy.deepcopy(net).to(dtype))
     cache.grow([1, 3, 2], keys.shape[1])
     cache.layers[1].copy_(torch.stack([keys, values]))
-    cache.set_lengths(torch.tensor(lengths), max(lengths))
+    cache.set_lengths(lengths, torch.tensor(lengths))
     out, lse = cache.attend(q, layer=1)
     for i, slot in enumerate(slot_of):
         k, v = (x[slot, : lengths[slot]].float().repeat_interleave(2, 1) for x in (keys, values))
