@@ -36,7 +36,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from transformers.hf_argparser import HfArgumentParser
 
@@ -384,6 +384,9 @@ class Encoder:
 
 FORMATS = "PNG JPEG MPO WEBP AVIF GIF BMP TIFF PPM".split()  # others, as EPS, start programs
 ORIENTATION = 0x0112  # the EXIF tag that says how to turn a picture
+TURNS = (
+    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+)
 
 
 def open_image(path: AnyPath) -> Image.Image:
@@ -400,9 +403,10 @@ def open_image(path: AnyPath) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = Image.fromarray(np.asarray(image.convert("RGB")))  # without metadata to rewrite
-        pixels.getexif()[ORIENTATION] = orientation
-        return ImageOps.exif_transpose(pixels)
+        image = image.convert("RGB")
+        if orientation in range(2, 9):  # 1 is upright; from 2 on they are those of TURNS
+            image = image.transpose(Image.Transpose[TURNS[orientation - 2]])
+        return image
 
 
 def find_image(name: str, folder: Path) -> Path:
