@@ -14,7 +14,7 @@ a stage that has ended is not run again, unless its command, the code, or a stag
 another one than then. The settings below were chosen on the validation split of seed 100.
 
     python tests/ablations.py                                    # all of it: some two hours
-    python tests/ablations.py --seeds 1 --only control grpo eco  # what demo.sh runs: 11 minutes
+    python tests/ablations.py --seeds 1 --only control grpo eco  # what demo.sh runs: 6 minutes
     python tests/ablations.py --tables                           # of what has ended: runs nothing
 """
 

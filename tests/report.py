@@ -50,10 +50,11 @@ PAID = OUTPUT | {"reward": {"total": NUMBER}, "advantage": NUMBER}
 JUDGED = OUTPUT | {"request_pred": LABEL, "response_pred": LABEL}
 JUDGED |= {"request_p": NUMBER | None, "response_p": NUMBER | None}
 EXCHANGE = {"id": str, "source": str, "request": str, "response": str | None, "image": str | None}
+EXCHANGE |= LABELS | {"folder": str, "key": str}
 SHAPES = {
     "metrics": {"step": NUMBER},
-    "rollouts": LABELS | {"step": NUMBER, "id": str, "outputs": [PAID]},
-    "predictions": LABELS | JUDGED | EXCHANGE | {"folder": str, "key": str},
+    "rollouts": EXCHANGE | {"step": NUMBER, "outputs": [PAID]},
+    "predictions": EXCHANGE | JUDGED,
 }
 
 
@@ -82,8 +83,7 @@ def read_run(folder: Path, name: str) -> Run:
     settings, damaged = {}, []
     for path in (folder / file for file in ("results.json", "settings.json", "run.json")):
         settings |= data.read_json(path) if path.is_file() else {}
-    wanted = {"flags": {"data": [str], "validation": list}, "fingerprint": dict}
-    if "flags" in settings and not fits(settings, wanted):
+    if "flags" in settings and not fits(settings, {"flags": dict}):
         raise data.InputError(f"{folder}/run.json: damaged; nothing can be shown of this run")
     records = [read_records(folder / f"{kind}.jsonl", SHAPES[kind], damaged) for kind in SHAPES]
     if not any(records):
@@ -128,32 +128,11 @@ def samples_in(file: Path) -> list[data.Sample]:
     return samples
 
 
-def trained_samples(run: Run) -> tuple[dict[str, data.Sample | None], bool]:
-    """{id: sample} of what a run was trained on (None: several have this id), and whether the
-    images are the same as then. The data are looked for from here and from the run's folder
-    upwards, and count only if their content is what the run's fingerprint says."""
-    flags, before = run.settings.get("flags"), run.settings.get("fingerprint")
-    for root in (Path(), *run.folder.parents) if flags and run.rollouts else ():
-        files = [root / str(name) for name in flags["data"] + flags["validation"]]
-        if all(file.is_file() for file in files):
-            samples = [samples_in(file) for file in files]
-            count = len(flags["data"])
-            read = {"data": files[:count], "validation": files[count:]}
-            now = data.fingerprint(str(run.folder), read, sum(samples, []))
-            names = [name for name in now if name.startswith(("data/", "validation/"))]
-            if all(before.get(name) == now[name] for name in names):
-                found = {}
-                for sample in sum(samples[: len(flags["data"])], []):
-                    found[sample.id] = None if sample.id in found else sample
-                return found, before.get("images") == now.get("images")
-    return {}, False
-
-
-def judged_samples(run: Run) -> dict[str, data.Sample]:
-    """{key: sample} of the data beside the images of a run's predictions. The key of a record holds
-    the whole exchange and the size of its image."""
+def samples_by_key(run: Run, records: list[dict]) -> dict[str, data.Sample]:
+    """{key: sample} of the data beside the images of some records. The key of a record holds the
+    whole exchange and the size of its image."""
     samples = []
-    for folder in {p["folder"] for p in run.predictions if p["image"] is not None}:
+    for folder in {record["folder"] for record in records if record["image"] is not None}:
         with suppress(ValueError):  # a text that cannot be a path
             files = sorted((run.folder / folder).resolve().glob("*.jsonl"))
             samples += [sample for file in files for sample in samples_in(file)]
@@ -221,16 +200,14 @@ def shown_output(output: dict, record: dict) -> dict:
     return {"verdict": verdict, "notes": lines, "text": excerpt(output["output"])}
 
 
-def shown_card(run: str, where: str, record: dict, exchange: dict | None, sample) -> dict:
-    """One exchange and the outputs about it: a group of rollouts, or a single prediction. exchange:
-    None if it is not known; sample: the data.Sample that holds its image, None if not known."""
+def shown_card(run: str, where: str, record: dict, sample: data.Sample | None) -> dict:
+    """One exchange and the outputs about it: a group of rollouts, or a single prediction. sample:
+    the one that holds its image, None if not known."""
     outputs = [shown_output(output, record) for output in record.get("outputs", [record])]
     card = {"run": run, "where": where, "id": record["id"], "image": None, "outputs": outputs}
-    if exchange is None:
-        return card | {"modality": "unknown", "texts": {}, "notes": [f"No exchange: {CHANGED}."]}
-    card |= {"modality": evaluate.modality(exchange), "notes": []}
-    card["texts"] = {name: excerpt(exchange[name]) for name in ("request", "response")}
-    if exchange["image"] is not None:
+    card |= {"modality": evaluate.modality(record), "notes": []}
+    card["texts"] = {name: excerpt(record[name]) for name in ("request", "response")}
+    if record["image"] is not None:
         try:
             card["image"] = image_url(sample)
         except data.InputError as error:
@@ -246,14 +223,9 @@ def rollout_cards(run: Run) -> list[dict]:
 
     split = max(0, len(run.rollouts) - MAX_CARDS // 2)
     by_reward = sorted(run.rollouts[:split], key=mean_reward)
-    samples, are_same_images = trained_samples(run)
-    cards = []
-    for group in run.rollouts[split:][::-1] + by_reward[: MAX_CARDS // 2]:
-        sample = samples.get(group["id"])
-        exchange = data.to_json(sample) if sample else None
-        sample = sample if are_same_images else None
-        cards.append(shown_card(run.name, f"step {group['step']}", group, exchange, sample))
-    return cards
+    shown = run.rollouts[split:][::-1] + by_reward[: MAX_CARDS // 2]
+    samples = samples_by_key(run, shown)
+    return [shown_card(run.name, f"step {g['step']}", g, samples.get(g["key"])) for g in shown]
 
 
 def prediction_cards(run: Run) -> list[dict]:
@@ -261,8 +233,9 @@ def prediction_cards(run: Run) -> list[dict]:
     by_size = sorted(run.predictions, key=lambda p: error_size(p, p), reverse=True)
     wrong = [p for p in by_size if error_size(p, p) >= 0]
     right = by_size[len(wrong) :][: MAX_CARDS // 3]
-    shown, samples = wrong[: MAX_CARDS - len(right)] + right, judged_samples(run)
-    return [shown_card(run.name, p["source"], p, p, samples.get(p["key"])) for p in shown]
+    shown = wrong[: MAX_CARDS - len(right)] + right
+    samples = samples_by_key(run, shown)
+    return [shown_card(run.name, p["source"], p, samples.get(p["key"])) for p in shown]
 
 
 def outcomes_of(runs: list[Run]) -> dict[str, list[dict]]:
@@ -336,7 +309,7 @@ def main(flags: ReportFlags) -> None:
         if not found:
             raise data.InputError("these folders hold no prediction with the --id")
         (run, p), *_ = found
-        files[flags.exchange] = draw.exchange(p, judged_samples(run).get(p["key"]))
+        files[flags.exchange] = draw.exchange(p, samples_by_key(run, [p]).get(p["key"]))
     if flags.packed_row:
         files[flags.packed_row] = draw.packed_row()
     if not files:

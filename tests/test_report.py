@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,12 +26,12 @@ OUTPUT = "<think>\n1.\n</think>\n\n<result>\nRequest: {}\nResponse: None\n</resu
 PAID = {"total": -1.0, "format": 1.0, "request": 1.0, "response": None, "length": 0.2}
 
 
-def group(step: int, id: str, total: float = -1.0) -> dict:
-    """A record of rollouts.jsonl: one right output, and one that is hostile."""
+def group(step: int, sample: data.Sample, folder: Path = Path(), total: float = -1.0) -> dict:
+    """A record of rollouts.jsonl in `folder`: one right output, and one that is hostile."""
     output = {"n_tokens": 9, "finished": True, "reward": PAID | {"total": total}, "advantage": 0.5}
     outputs = [output | {"output": text} for text in (OUTPUT.format("harmful"), HOSTILE + "\udc80")]
-    labels = {"request_label": "harmful", "response_label": None}
-    return {"step": step, "id": id, **labels, "clip": 0.1, "outputs": outputs}
+    fields = evaluate.sample_fields(replace(sample, request_label="harmful"), folder)
+    return {"step": step, "clip": 0.1, **fields, "outputs": outputs}
 
 
 def prediction(sample: data.Sample, said: str, p: float, folder: Path) -> dict:
@@ -57,7 +58,7 @@ def folders(tmp_path, monkeypatch) -> list[str]:
         "fingerprint": data.fingerprint(str(grpo), {"data": [file]}, [said, seen]),
     }
     data.write_atomic(grpo / "run.json", json.dumps(run))
-    data.write_samples(grpo / "rollouts.jsonl", [group(1, "seen"), group(2, "said")])
+    data.write_samples(grpo / "rollouts.jsonl", [group(1, seen, grpo), group(2, said, grpo)])
     steps = [{"step": s, "reward": -s, "loss": 0.1, "clip": 0.2, "val_f1": 50} for s in (1, 2)]
     data.write_samples(grpo / "metrics.jsonl", steps)
     records = [prediction(said, "harmful", 0.9, judged), prediction(seen, "harmful", 0.8, judged)]
@@ -98,13 +99,11 @@ def test_hostile_text_is_data_of_a_page_that_loads_nothing(folders):
 EXCHANGES = {"grpo said": ([HOSTILE, "No."], False), "grpo seen": (["(none)", "(none)"], True)}
 EXCHANGES |= {name.replace("grpo", "eval"): found for name, found in EXCHANGES.items()}
 NO_IMAGES = {name: (texts, False) for name, (texts, _) in EXCHANGES.items()}
-NO_DATA = NO_IMAGES | {"grpo said": ([], False), "grpo seen": ([], False)}
-
 
 CHANGES = {
     "touch rl/rl.jsonl rl/a.png": EXCHANGES,
-    "mv rl rl2": NO_DATA,
-    "sed -i 's/No[.]/Yes/' rl/rl.jsonl": NO_DATA | {"eval seen": EXCHANGES["eval seen"]},
+    "mv rl rl2": NO_IMAGES,
+    "sed -i 's/No[.]/Yes/' rl/rl.jsonl": EXCHANGES,  # of the other row
     "echo >> rl/a.png": NO_IMAGES,
     "mv rl/a.png b.png && ln -s ../b.png rl/a.png": NO_IMAGES,
     'cp -r rl rl2; rm rl2/*.jsonl; sed -i s:/rl\\":/rl2\\": out/eval/*.jsonl': EXCHANGES
@@ -119,7 +118,7 @@ def test_what_stands_beside_an_output_is_what_it_is_about(change, wanted, folder
 
 
 def test_a_damaged_record_is_one_line_and_left_out(folders, capsys):
-    good = json.dumps(group(1, "a"))
+    good = json.dumps(group(1, data.Sample("a", "toy", "x")))
     changes = [('"a"', "1"), ('"outputs": [', '"outputs": [1,'), ('"harmful"', "[1]")]
     changes += [("-1.0", "1" * 400), (good[-9:], "")]
     damage = {"metrics": ['{"step": "1"}', '{"step": NaN}', "[1]"]}
@@ -148,7 +147,8 @@ def test_the_outcome_has_a_column_for_each_run_in_the_order_of_the_arguments(fol
 
 
 def test_of_many_records_the_newest_the_worst_and_the_surest_errors_are_shown(tmp_path):
-    rollouts = [group(i, str(i), -(i % 100)) for i in range(999)]
+    x = data.Sample("x", "toy", "x")
+    rollouts = [group(i, replace(x, id=str(i)), total=-(i % 100)) for i in range(999)]
     rollouts[-1]["outputs"][0]["output"] = "x" * 4000
     cards = report.rollout_cards(report.Run("grpo", tmp_path, {}, [], rollouts, [], []))
     ids, half = [card["id"] for card in cards], report.MAX_CARDS // 2
