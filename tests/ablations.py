@@ -4,17 +4,20 @@ In:  nothing. Out, under --out DIR: seed-N/ with the world, every model and its 
 with changed copies of the sources, tables.md (by claims.py), and differences.png.
 
 Per seed: base checkpoint -> R-SFT -> mining and concatenation -> GRPO. A variant changes one thing:
-some flags, the data, or, where there is no flag, a few lines of code. Such a *fork* is a diff,
+some flags, the data, or, where there is no flag, a few lines of code. Three trials have a starting
+point of their own: RFT goes on with SFT on the model's right outputs (rft.py); the rare and the
+short world have other training rows (toy.py), and so another R-SFT. A *fork* of the code is a diff,
 tests/forks/NAME.diff: it is applied to a copy of the sources, and the variant is trained by these.
-All are judged on the same held-out test set, by the sources as they are. For an idea of your own:
-change a file, `git diff > tests/forks/NAME.diff`, undo the change, and add a line to VARIANTS.
+All of a seed are judged on the same held-out test set, by the sources as they are. For an idea of
+your own: change a file, `git diff > tests/forks/NAME.diff`, undo the change, and add a line to VARIANTS.
 
-Every stage takes one thread, and two run at a time. The same command goes on where it was stopped:
+Every stage takes one thread, and two run at a time: each variant over all seeds, then the next one,
+so that a table exists long before the end. The same command goes on where it was stopped:
 a stage that has ended is not run again, unless its command, the code, or a stage before it is
 another one than then. The settings below were chosen on the validation split of seed 100.
 
-    python tests/ablations.py                                    # all of it: some two hours
-    python tests/ablations.py --seeds 1 --only control grpo eco  # what demo.sh runs: 6 minutes
+    python tests/ablations.py                                    # all of it: some three hours
+    python tests/ablations.py --seeds 1 --only grpo rft eco      # as demo.sh: some 8 minutes
     python tests/ablations.py --tables                           # of what has ended: runs nothing
 """
 
@@ -22,26 +25,28 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import claims  # noqa: E402  (these need the repository, which is importable only from here on)
-import draw  # noqa: E402
+import claims  # these need the repository, which is importable only from here on
+import draw
+import toy
 
-from data import InputError, changed, lock, read_json, read_text, write_atomic  # noqa: E402
+from data import InputError, changed, lock, read_json, read_records, read_text, write_atomic
 
 FORKS = ROOT / "tests" / "forks"
 SLOTS = 2  # stages that run side by side
-FIRST = 31  # seeds 3 to 7, 21, 22 and 100 have been looked at while the toy world was made
+FIRST = 41  # seeds 3 to 7, 21, 22, 31 to 35 and 100 have been looked at before
 # glibc then keeps large freed blocks: else each step pays for fresh pages.
 KEEP_FREED = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -64,16 +69,38 @@ SETTINGS = {
     ),
     "evaluate.py": LIMIT,
 }
-# At least as long as mining and GRPO (compare `seconds` in the table): fixed in advance, so that
-# the control can run beside them.
+# Fixed in advance, so that they can run beside GRPO (compare `seconds` in the table): as long as
+# mining and GRPO, or more; and the epochs of RFT that are as many steps as that, or as mining more.
 CONTROL = "--epochs 11"
-POOLS = {  # RL sets, made of the same mined outputs: what is added to the settings of augment.py
-    "rl": "",
-    "rl-random": "--random-share 1",
-    "rl-paper": "--max-correct 0 --random-share 0",  # wrong every time, and all image rows
-    "rl-hard": "--random-share 0 --no-keep-images",  # wrong at least once, and no other rows
-    "rl-unjoined": "--augmented-share 0",
+RFT = "--epochs 5"
+RFT_LONG = "--epochs 8.5"
+FEW = "--epochs 0.334"  # a third of the steps, with the clip range of Eq. (7) over these
+SIXTEEN = "--update-batch 2 --lr 1e-4"  # mini-batches of a rollout batch, where SETTINGS has four
+
+
+@dataclass(frozen=True)
+class Pool:
+    """An RL set that a model mines of its training rows."""
+
+    model: str = "sft"
+    data: str = "world/train"
+    flags: str = ""  # added to the settings of augment.py
+    parts: str = ""  # the pool whose sampled outputs it takes, instead of sampling again
+
+
+RARE = Pool("rare-sft", "rare/train")
+SHORT = Pool("short-sft", "short/train")
+POOLS = {
+    "rl": Pool(),
+    "rl-unjoined": Pool(flags="--augmented-share 0", parts="rl"),
+    "rl-of-rft": Pool("rft"),
+    "rare-rl": RARE,
+    "rare-rl-random": replace(RARE, flags="--random-share 1", parts="rare-rl"),
+    "rare-rl-balanced": replace(RARE, flags="--random-share 0.5 --no-keep-images", parts="rare-rl"),
+    "short-rl": SHORT,
+    "short-rl-unjoined": replace(SHORT, flags="--augmented-share 0", parts="short-rl"),
 }
+CHAINS = {"rft-rows": "rl", "rft-rows-2": "rl-of-rft"}  # rows of rft.py: the pool of their outputs
 
 
 @dataclass(frozen=True)
@@ -91,17 +118,35 @@ class Variant:
 
 
 BASE, TRAIN = "world/base", "world/train"
-RL_HELPS = "RL improves on R-SFT, and on as many more seconds of SFT"
+RL_HELPS = "RL improves on R-SFT, on as much more SFT, and on SFT with the labels that RL uses"
 LENGTH_TERM = "the length term makes reasoning grow; Eco saves tokens at little loss of F1"
 REASONING_HELPS = "reasoning before the verdict helps"
 MODALITIES = "each modality helps; images alone degrade text"
-HARD_ROWS_MATTER = "mined hard rows matter"
+MINING = "mined hard rows matter (where few rows hold what is to be learned)"
+JOINING = "concatenation helps (most where the test is more crowded than training)"
+CLIP = "the dynamic clip helps (under sixteen mini-batches)"
+CLAIMS = (RL_HELPS, LENGTH_TERM, REASONING_HELPS, MODALITIES, MINING, JOINING, CLIP)
 
-VARIANTS = [
+VARIANTS = [  # in the order in which they run
     Variant("sft", RL_HELPS, "sft.py", BASE, TRAIN),
     Variant("control", RL_HELPS, "sft.py", "sft", TRAIN, CONTROL),
     Variant("grpo", RL_HELPS),
+    Variant("rft", RL_HELPS, "sft.py", "sft", "rft-rows", RFT),
     Variant("eco", LENGTH_TERM, flags="--eco"),
+    Variant("unjoined", JOINING, data="rl-unjoined"),
+    Variant("rare-sft", MINING, "sft.py", BASE, "rare/train", "--epochs 4", against="rare-random"),
+    Variant("rare-random", MINING, start="rare-sft", data="rare-rl-random", against="rare-random"),
+    Variant("rare-balanced", MINING, start="rare-sft", data="rare-rl-balanced", against="rare-random"),
+    Variant("rare-released", MINING, start="rare-sft", data="rare-rl", against="rare-random"),
+    Variant("short-sft", JOINING, "sft.py", BASE, "short/train", against="short-unjoined"),
+    Variant("short-joined", JOINING, start="short-sft", data="short-rl", against="short-unjoined"),
+    Variant("short-unjoined", JOINING, start="short-sft", data="short-rl-unjoined", against="short-unjoined"),
+    Variant("rft-long", RL_HELPS, "sft.py", "sft", "rft-rows", RFT_LONG),
+    Variant("clip-product", CLIP, flags=SIXTEEN, against="clip-none"),
+    Variant("clip-constant", CLIP, flags=f"{SIXTEEN} --clip-schedule constant", against="clip-none"),
+    Variant("clip-none", CLIP, flags=f"{SIXTEEN} --clip-schedule constant --clip 1e9", against="clip-none"),
+    Variant("rare-random-few", MINING, "grpo.py", "rare-sft", "rare-rl-random", FEW, against="rare-random-few"),
+    Variant("rare-balanced-few", MINING, "grpo.py", "rare-sft", "rare-rl-balanced", FEW, against="rare-random-few"),
     Variant("accuracy-only", LENGTH_TERM, fork=True),
     Variant("labels-only", REASONING_HELPS, "sft.py", BASE, TRAIN, fork=True, against="sft"),
     # As many epochs as "sft"; sft-third has as many steps as they.
@@ -109,12 +154,7 @@ VARIANTS = [
     Variant("sft-image", MODALITIES, "sft.py", BASE, f"{TRAIN}-image", against="sft"),
     Variant("sft-text-image", MODALITIES, "sft.py", BASE, f"{TRAIN}-text_image", against="sft"),
     Variant("sft-third", MODALITIES, "sft.py", BASE, TRAIN, "--epochs 3.333", against="sft"),
-    Variant("random-rows", HARD_ROWS_MATTER, data="rl-random"),
-    Variant("paper-pool", HARD_ROWS_MATTER, data="rl-paper"),
-    # Some 500 rows, and 125 joined ones: two epochs are as many steps as one of the others.
-    Variant("hard-rows", HARD_ROWS_MATTER, data="rl-hard", flags="--epochs 2"),
-    Variant("unjoined", "concatenation helps, most where harm hides", data="rl-unjoined"),
-    Variant("clip-constant", "the dynamic clip helps", flags="--clip-schedule constant"),
+    Variant("rft-twice", RL_HELPS, "sft.py", "rft", "rft-rows-2", RFT),
 ]  # fmt: skip
 
 
@@ -154,7 +194,7 @@ class Stage:
         return read_json(self.record)["settings"] == self.settings()
 
     def seconds(self) -> float:
-        """Of the stage alone, by the clock."""
+        """Of a core, for this stage alone: not by the clock, as other work may run beside it."""
         return read_json(self.record)["seconds"]
 
 
@@ -164,8 +204,8 @@ def digest(value: dict | list) -> str:
 
 @cache
 def code_digest(sources: Path) -> str:
-    """Of the Python files in a folder, and of the toy world, as they were when first asked for."""
-    files = [*sorted(sources.glob("*.py")), ROOT / "tests" / "toy.py"]
+    """Of the Python files in a folder, toy.py and rft.py, as they were when first asked for."""
+    files = [*sorted(sources.glob("*.py")), *(ROOT / "tests" / f for f in ("toy.py", "rft.py"))]
     return digest([read_text(file) for file in files])
 
 
@@ -200,43 +240,60 @@ def stages_of(seed: int, out: Path, variants: list[Variant], alone: bool) -> dic
     world = f"tests/toy.py --out {folder}/world --seed {seed}"
     stages = {"world": Stage("world", folder, world, threads=first_threads)}
 
+    def needed(*paths: str) -> tuple[Stage, ...]:
+        """The stages that make these files; what is not there yet is added before."""
+        names = sorted({path.split("/")[0] for path in paths})
+        for name in names:
+            if name not in stages:
+                add(name)
+        return tuple(stages[name] for name in names)
+
+    def add(name: str) -> None:
+        """The stage of a variant, of an RL set, of RFT's rows or of another world's rows."""
+        if name in POOLS:
+            stages[name] = mine(name, POOLS[name])
+        elif name in CHAINS:
+            command = (
+                f"tests/rft.py --data {folder}/{TRAIN}.jsonl --out {folder}/{name}.jsonl"
+                f" --outputs {folder}/{CHAINS[name]}.jsonl.parts/predictions.jsonl"
+            )
+            stages[name] = Stage(name, folder, command, needed(TRAIN, CHAINS[name]))
+        elif name in toy.WORLDS:
+            command = f"tests/toy.py --out {folder}/{name} --seed {seed} --rows {name}"
+            stages[name] = Stage(name, folder, command)
+        else:
+            stages[name] = train(by_name[name])
+
     def train(variant: Variant) -> Stage:
         command = (
             f"{variant.script} --model {folder}/{variant.start}"
             f" --data {folder}/{variant.data}.jsonl --out {folder}/{variant.name}"
             f" {merged(SETTINGS[variant.script], variant.flags)} {shared} --fresh"
         )
-        makers = sorted({path.split("/")[0] for path in (variant.start, variant.data)})
-        needs = tuple(stages[name] for name in makers)
+        needs = needed(variant.start, variant.data)
         sources = forked(variant.name, out / "forks" / variant.name) if variant.fork else ROOT
         threads = first_threads if variant.name == "sft" else 1
         return Stage(variant.name, folder, command, needs, sources, threads)
 
-    def mine(pool: str) -> Stage:
+    def mine(name: str, pool: Pool) -> Stage:
         command = (
-            f"augment.py --model {folder}/sft --data {folder}/world/train.jsonl"
-            f" --out {folder}/{pool}.jsonl {merged(SETTINGS['augment.py'], POOLS[pool])} {shared}"
+            f"augment.py --model {folder}/{pool.model} --data {folder}/{pool.data}.jsonl"
+            f" --out {folder}/{name}.jsonl {merged(SETTINGS['augment.py'], pool.flags)} {shared}"
         )
-        if pool == "rl":
-            return Stage(pool, folder, command + " --fresh", (stages["world"], stages["sft"]))
-        mined = (folder / "rl.jsonl.parts", folder / f"{pool}.jsonl.parts")
-        return Stage(pool, folder, command, (stages["rl"],), copied=mined)
+        if not pool.parts:
+            return Stage(name, folder, command + " --fresh", needed(pool.model, pool.data))
+        mined = (folder / f"{pool.parts}.jsonl.parts", folder / f"{name}.jsonl.parts")
+        return Stage(name, folder, command, needed(pool.parts), copied=mined)
 
-    sft, *others = variants
-    stages["sft"] = train(sft)
-    for pool in POOLS:
-        if pool in {"rl", *(variant.data for variant in others)}:
-            stages[pool] = mine(pool)
-    for variant in others:
-        stages[variant.name] = train(variant)
+    by_name = {variant.name: variant for variant in VARIANTS}
     for variant in variants:
+        needed(variant.name)
         name = f"eval-{variant.name}"
         command = (
             f"evaluate.py --model {folder}/{variant.name} --data {folder}/world/test.jsonl"
             f" --out {folder}/{name} {SETTINGS['evaluate.py']} {shared} --fresh"
         )
-        needs = (stages["world"], stages[variant.name])
-        stages[name] = Stage(name, folder, command, needs)
+        stages[name] = Stage(name, folder, command, needed("world", variant.name))
     return stages
 
 
@@ -265,6 +322,12 @@ def start(stage: Stage) -> subprocess.Popen:
 def log_lines(stage: Stage) -> list[str]:
     """What a stage has said so far."""
     return stage.log.read_text(errors="replace").splitlines()
+
+
+def ended_seconds() -> float:
+    """Seconds of a core of all stages that have ended (and were waited for) so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def finish(stage: Stage, code: int, seconds: float) -> None:
@@ -300,10 +363,11 @@ def run_all(stages: Iterable[Stage], every: float = 10.0) -> None:
                 for stage, (_, began) in running.items():
                     newest = (log_lines(stage) or ["starting"])[-1]
                     print(f"{now - began:4.0f} s  {stage.name}: {newest}", flush=True)
-            for stage, (process, began) in list(running.items()):
+            for stage, (process, _) in list(running.items()):
+                before = ended_seconds()
                 if process.poll() is not None:
                     del running[stage]
-                    finish(stage, process.returncode, now - began)
+                    finish(stage, process.returncode, ended_seconds() - before)
                     done.add(stage)
     finally:
         for process, _ in running.values():
@@ -315,19 +379,23 @@ def run_all(stages: Iterable[Stage], every: float = 10.0) -> None:
 
 
 def training_seconds(stage: Stage) -> float:
-    """Of training and, for RL, of mining: all that comes after the world and R-SFT."""
-    before = [need for need in stage.needs if need.name not in ("world", "sft")]
+    """Of training and, for RL and RFT, of mining: all that comes after the world and R-SFT."""
+    started_from = {"world", *toy.WORLDS, "sft", *(pool.model for pool in (RARE, SHORT))}
+    before = [need for need in stage.needs if need.name not in started_from]
     return stage.seconds() + sum(training_seconds(need) for need in before)
 
 
-def results_of(seed: int, stages: dict[str, Stage], variants: list[Variant]) -> claims.Result:
+def results_of(stages: dict[str, Stage], variants: list[Variant]) -> claims.Result:
     """What the evaluations of one seed found, as far as they have ended."""
     folder, scores, courses = stages["world"].folder, {}, {}
     ended = [variant for variant in variants if stages[f"eval-{variant.name}"].is_done()]
     for variant in ended:
         name = variant.name
-        scores[name] = claims.scores(folder / f"eval-{name}" / "predictions.jsonl", seed)
+        records = read_records(folder / f"eval-{name}" / "predictions.jsonl")
+        truths = read_json(folder / "world" / "truth.json")
+        scores[name] = claims.scores(records, truths)
         scores[name]["seconds"] = training_seconds(stages[name])
+        scores[claims.ALWAYS] = claims.scores_of_always_harmful(records, truths)
         if variant.script == "grpo.py":
             courses[name] = claims.course(folder / name / "metrics.jsonl")
     return claims.Result(scores, courses)
@@ -335,7 +403,8 @@ def results_of(seed: int, stages: dict[str, Stage], variants: list[Variant]) -> 
 
 def write_tables(out: Path, results: dict[int, claims.Result], variants: list[Variant]) -> None:
     """Leave tables.md and, if there is something to compare, differences.png in `out`."""
-    lines = [claims.Line(variant.claim, variant.name, variant.against) for variant in variants]
+    ordered = sorted(variants, key=lambda variant: list(CLAIMS).index(variant.claim))
+    lines = [claims.Line(variant.claim, variant.name, variant.against) for variant in ordered]
     write_atomic(out / "tables.md", claims.report(results, lines))
     compared = [line for line in lines if claims.difference(results, line, "f1")]
     if compared:
@@ -360,8 +429,9 @@ def main() -> None:
         with lock(out):
             stages = {seed: stages_of(seed, out, variants, alone=len(seeds) == 1) for seed in seeds}
             if not args.tables:
-                run_all([stage for of_seed in stages.values() for stage in of_seed.values()])
-            results = {seed: results_of(seed, stages[seed], variants) for seed in seeds}
+                by_variant = zip(*(of_seed.values() for of_seed in stages.values()))
+                run_all([stage for of_all_seeds in by_variant for stage in of_all_seeds])
+            results = {seed: results_of(stages[seed], variants) for seed in seeds}
             write_tables(out, results, variants)
     except InputError as error:
         parser.error(str(error))

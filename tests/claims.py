@@ -15,22 +15,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import toy
+import audit
 
 from data import read_records
-from evaluate import compute_metrics
+from evaluate import classification_metrics, compute_metrics
+from reward import HARMFUL
 
 # Student's t: the 97.5 % quantiles for 1, 2, ... 9 degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-SHOWN = ("f1", "mean_tokens", "seconds")
+# F1 is of both tasks; the others up to the tokens are of the request alone.
+SHOWN = ("f1", "balanced", "false_alarms", "mean_tokens", "seconds")
 PARTS = (
-    "f1_prompt f1_response f1_text f1_image f1_text_image f1_several f1_single"
-    " format_ok recaps repeats"
+    "f1_prompt f1_response f1_text f1_image f1_text_image false_alarms_plain f1_known f1_hidden"
+    " f1_crowded balanced_crowded false_alarms_crowded format_ok"
 ).split()
-COMPARED = ("f1", "f1_several", "mean_tokens")
+CROWDED = 3  # items of a request, at least: where harm can hide
+COMPARED = ("f1", "balanced", "f1_hidden", "mean_tokens")
 COURSE = ("tokens", "entropy", "clipped")
-RECAPPED = ". all of it: "  # how the last step of such a chain begins, in toy.py
 DIGITS = {"format_ok": 3, "entropy": 3, "clipped": 4}  # behind the point; one for the others
+ALWAYS = "(always harmful)"  # a variant that says so whatever it is asked
 
 
 class Interval(NamedTuple):
@@ -64,21 +67,43 @@ def interval(values: list[float]) -> Interval:
     return Interval(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n))
 
 
-def scores(predictions: Path, seed: int) -> dict[str, float]:
-    """The metrics of evaluate.py on a toy test set, and besides f1_several and f1_single: of samples
-    with several items, where harm can hide, and of the others; recaps and repeats: % of outputs
-    with a recap, and with more than one."""
-    records = read_records(predictions)
-    several = toy.several_items("test", seed, toy.SIZES["test"])
-    hiding = [record for record in records if record["id"] in several]
-    single = [record for record in records if record["id"] not in several]
-    recaps = [record["output"].count(RECAPPED) for record in records]
-    found = compute_metrics(records)
-    found["f1_several"] = compute_metrics(hiding)["f1"]
-    found["f1_single"] = compute_metrics(single)["f1"]
-    found["recaps"] = 100 * statistics.mean(count > 0 for count in recaps)
-    found["repeats"] = 100 * statistics.mean(count > 1 for count in recaps)
+def request_rates(records: list[dict]) -> dict[str, float]:
+    """F1 of the request, false alarms (% of what is unharmful) and balanced accuracy (the mean of
+    the shares of harmful and of unharmful requests that are judged right: 50 for any constant
+    answer), without those that are undefined."""
+    line = classification_metrics([r for r in records if r["request_label"]], "request")
+    recall, false_alarms = line["recall"], line["false_positive_rate"]
+    found = {"f1": line["f1"], "false_alarms": false_alarms}
+    if recall is not None and false_alarms is not None:
+        found["balanced"] = (recall + 100 - false_alarms) / 2
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def scores(records: list[dict], truths: dict) -> dict[str, float]:
+    """The metrics of evaluate.py on predictions of a toy test set, the rates of audit.py, and rates
+    of the request: over all rows, over rows that plain, known or hidden clauses decide (plain ones
+    are all unharmful: only false alarms), and over crowded rows. truths: truth.json."""
+    found = compute_metrics(records) | audit.audit(records, truths)
+    for name, value in request_rates(records).items():
+        found.setdefault(name, value)  # f1 is that of both tasks
+    groups = {"plain": [], "known": [], "hidden": [], "crowded": []}
+    for record in records:
+        truth = truths[record["id"]]
+        groups[truth["decided_by"]].append(record)
+        if len(truth["items"]) >= CROWDED:
+            groups["crowded"].append(record)
+    for group, members in groups.items():
+        for name, value in request_rates(members).items():
+            found[f"{name}_{group}"] = value
     return found
+
+
+def scores_of_always_harmful(records: list[dict], truths: dict) -> dict[str, float]:
+    """What a guard that calls everything harmful would score on the same rows."""
+    said = {"request_pred": HARMFUL, "response_pred": HARMFUL, "request_p": 1.0, "response_p": 1.0}
+    found = scores([record | said for record in records], truths)
+    rates = ("f1", "balanced", "false_alarms")
+    return {name: found[name] for name in found if name.startswith(rates)}
 
 
 def course(metrics: Path) -> dict[str, list[float]]:
@@ -161,9 +186,9 @@ def table_of_seeds(results: dict[int, Result], lines: list[Line]) -> str:
     for variant in (line.variant for line in lines):
         for seed, result in results.items():
             if variant in result.scores:
-                cells = mean_cells({seed: result}, variant, [*SHOWN, *PARTS])
+                cells = mean_cells({seed: result}, variant, [*SHOWN, *PARTS, *audit.RATES])
                 table.append([variant, str(seed), *cells])
-    return markdown(["variant", "seed", *SHOWN, *PARTS], table)
+    return markdown(["variant", "seed", *SHOWN, *PARTS, *audit.RATES], table)
 
 
 def table_of_courses(results: dict[int, Result], lines: list[Line]) -> str:
@@ -188,13 +213,21 @@ def saving_note(results: dict[int, Result]) -> str:
     return f"Eco needs {cell(saved, 'mean_tokens')} % fewer tokens than grpo."
 
 
+def table_of_audits(results: dict[int, Result], lines: list[Line]) -> str:
+    """A line per variant: the rates of audit.py."""
+    table = [[line.variant, *mean_cells(results, line.variant, audit.RATES)] for line in lines]
+    return markdown(["variant", *audit.RATES], table)
+
+
 def report(results: dict[int, Result], lines: list[Line]) -> str:
     """All tables as Markdown."""
     parts = [table_of_claims(results, lines)]
     eco, grpo = (by_seed(results, name, "f1") for name in ("eco", "grpo"))
     if eco.keys() & grpo.keys():
         parts.append(saving_note(results))
-    parts += [table_of_parts(results, lines), table_of_courses(results, lines)]
+    always = Line("", ALWAYS, ALWAYS)
+    parts += [table_of_parts(results, [*lines, always]), table_of_audits(results, lines)]
+    parts.append(table_of_courses(results, lines))
     if len(results) > 1:
         parts.append(table_of_seeds(results, lines))
     return "\n\n".join(parts) + "\n"

@@ -11,7 +11,7 @@ stands beside an output only if the data still are what the run has read. Damage
 
     python tests/report.py out/sft out/guard out/eval --out out/report.html
     python tests/report.py out/toy/seed-*/{grpo,eco} --curves tests/figures/curves.png
-    python tests/report.py out/toy/seed-31/eval-grpo --id test-00002 --exchange exchange.png
+    python tests/report.py out/toy/seed-41/eval-grpo --id test-00002 --exchange exchange.png
     python tests/report.py --packed-row tests/figures/packed_row.png
 """
 
@@ -29,6 +29,7 @@ from string import Template
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import audit
 import compare
 import draw
 
@@ -38,6 +39,7 @@ from data import option
 from reward import HARMFUL, UNHARMFUL, parse
 
 MAX_CARDS = 60  # exchanges that the page shows of one run
+TOY = ("toy", "concat")  # sources whose chains audit.py can read
 CHANGED = "the run's data are not found, or have changed"
 NOT_SETTINGS = ("flags", "fingerprint", "images", "metrics", "lines")  # of what a run leaves
 MAX_CHARACTERS = 3000  # that the page shows of a request, a response or an output
@@ -196,8 +198,17 @@ def shown_output(output: dict, record: dict) -> dict:
     if "reward" in output:
         paid = output["reward"] | {"advantage": output["advantage"]}
         lines.append("reward: " + ", ".join(f"{name} {short(paid[name])}" for name in paid))
-    verdict = "wrong" if error_size(output, record) >= 0 else "right"
-    return {"verdict": verdict, "notes": lines, "text": excerpt(output["output"])}
+    shown = {"verdict": "wrong" if error_size(output, record) >= 0 else "right"}
+    if is_unfaithful(output, record):
+        lines.append("unfaithful: the labels do not follow from the steps")
+        shown["unfaithful"] = True
+    return shown | {"notes": lines, "text": excerpt(output["output"])}
+
+
+def is_unfaithful(output: dict, record: dict) -> bool:
+    """Of the toy world's chains, whose steps can be read: whether the labels contradict them."""
+    has_response = record["response"] is not None
+    return record["source"] in TOY and audit.is_faithful(output["output"], has_response) is False
 
 
 def shown_card(run: str, where: str, record: dict, sample: data.Sample | None) -> dict:
@@ -229,10 +240,11 @@ def rollout_cards(run: Run) -> list[dict]:
 
 
 def prediction_cards(run: Run) -> list[dict]:
-    """At most MAX_CARDS predictions: at least two thirds the surest errors, then right ones."""
+    """At most MAX_CARDS predictions: at least two thirds the surest errors, then right ones, the
+    unfaithful first."""
     by_size = sorted(run.predictions, key=lambda p: error_size(p, p), reverse=True)
     wrong = [p for p in by_size if error_size(p, p) >= 0]
-    right = by_size[len(wrong) :][: MAX_CARDS // 3]
+    right = sorted(by_size[len(wrong) :], key=lambda p: not is_unfaithful(p, p))[: MAX_CARDS // 3]
     shown = wrong[: MAX_CARDS - len(right)] + right
     samples = samples_by_key(run, shown)
     return [shown_card(run.name, p["source"], p, samples.get(p["key"])) for p in shown]
@@ -254,6 +266,15 @@ def outcome_cells(lines: list[dict]) -> dict[str, str]:
     return cells
 
 
+def audit_cells(run: Run) -> dict[str, str]:
+    """{rate of audit.py: percent} of one run; {} if it was not on a toy world that is still there."""
+    with suppress(data.InputError, KeyError):
+        truths = audit.truths_beside(run.folder / "predictions.jsonl", run.predictions)
+        rates = audit.audit(run.predictions, truths)
+        return {audit.RATES[rate]: f"{value:.1f}" for rate, value in rates.items()}
+    return {}
+
+
 def setting_cells(run: Run) -> dict[str, str]:
     """{setting: value} of one run: flags, versions, and what was left out."""
     known = run.settings | run.settings.get("flags", {})
@@ -272,6 +293,7 @@ def page(runs: list[Run], outcomes: dict[str, list[dict]], figures: dict[str, by
     content = {
         "runs": [run.name for run in runs],
         "outcome": {name: outcome_cells(lines) for name, lines in outcomes.items()},
+        "audit": {run.name: cells for run in runs if (cells := audit_cells(run))},
         "figures": {title: as_url(png, "png") for title, png in figures.items()},
         "notes": notes,
         "cards": cards,

@@ -10,7 +10,6 @@ from pathlib import Path
 import ablations
 import claims
 import pytest
-import toy
 from ablations import Stage
 
 import data
@@ -60,25 +59,57 @@ def test_a_stage_runs_after_what_it_needs_and_once_until_something_changes(tmp_p
 
 def test_the_stages_of_a_seed():
     plain = [variant for variant in ablations.VARIANTS if not variant.fork]
-    stages = ablations.stages_of(31, Path("/out"), plain, alone=False)
+    stages = ablations.stages_of(41, Path("/out"), plain, alone=False)
     listed = list(stages)
     for name, stage in stages.items():
         assert all(listed.index(need.name) < listed.index(name) for need in stage.needs)
-        assert "--seed 31" in stage.command
-    assert {need.name for need in stages["grpo"].needs} == {"sft", "rl"}
-    assert {need.name for need in stages["control"].needs} == {"sft", "world"}
-    assert stages["rl-random"].copied[0] == Path("/out/seed-31/rl.jsonl.parts")
-    assert stages["rl-random"].command.count("--random-share 1 ") == 1
+        assert "--seed 41" in stage.command or name.startswith("rft-rows")
+
+    def needs(name: str) -> set[str]:
+        return {need.name for need in stages[name].needs}
+
+    assert needs("grpo") == {"sft", "rl"} and needs("control") == {"sft", "world"}
+    assert needs("rft") == {"sft", "rft-rows"} and needs("rft-rows") == {"world", "rl"}
+    assert needs("rare-balanced") == {"rare-sft", "rare-rl-balanced"}
+    assert needs("rare-rl") == {"rare", "rare-sft"} and needs("rare-sft") == {"rare", "world"}
+    assert needs("rl-of-rft") == {"rft", "world"}
+    assert stages["rl-unjoined"].copied[0] == Path("/out/seed-41/rl.jsonl.parts")
+    assert stages["rare-rl-random"].command.count("--random-share 1 ") == 1
+    assert "--data /out/seed-41/world/test.jsonl" in stages["eval-short-joined"].command
+    # Only what a chosen variant needs is made.
+    few = [variant for variant in ablations.VARIANTS if variant.name in ("sft", "grpo", "rft")]
+    made = set(ablations.stages_of(41, Path("/out"), few, alone=True))
+    evaluations = {"eval-sft", "eval-grpo", "eval-rft"}
+    assert made == {"world", "sft", "rl", "grpo", "rft-rows", "rft"} | evaluations
 
 
 def test_training_seconds_count_mining_but_not_the_first_sft(tmp_path):
-    stages = ablations.stages_of(31, tmp_path, ablations.VARIANTS[:3], alone=True)
+    few = [v for v in ablations.VARIANTS if v.name in ("sft", "grpo", "control", "rft")]
+    stages = ablations.stages_of(41, tmp_path, few, alone=True)
     stages["sft"].folder.mkdir()
-    for seconds, name in ((1000, "world"), (100, "sft"), (20, "rl"), (3, "grpo"), (25, "control")):
-        record = {"settings": {}, "seconds": seconds}
-        (tmp_path / "seed-31" / f"{name}.stage.json").write_text(json.dumps(record))
-    found = [ablations.training_seconds(stages[name]) for name in ("sft", "grpo", "control")]
-    assert found == [100, 23, 25]
+    seconds = {
+        "world": 1000,
+        "sft": 100,
+        "rl": 20,
+        "grpo": 3,
+        "control": 25,
+        "rft-rows": 1,
+        "rft": 4,
+    }
+    for name, count in seconds.items():
+        record = {"settings": {}, "seconds": count}
+        (tmp_path / "seed-41" / f"{name}.stage.json").write_text(json.dumps(record))
+    names = ("sft", "grpo", "control", "rft")
+    assert [ablations.training_seconds(stages[name]) for name in names] == [100, 23, 25, 25]
+
+
+def test_seconds_are_of_a_core_and_of_the_stage_that_has_ended(tmp_path):
+    (tmp_path / "busy.py").write_text("import time\nwhile time.process_time() < 1: pass")
+    (tmp_path / "idle.py").write_text("import time; time.sleep(1.5)")
+    stages = [Stage(name, tmp_path, f"{name}.py", sources=tmp_path) for name in ("busy", "idle")]
+    ablations.run_all(stages)
+    busy, idle = (stage.seconds() for stage in stages)
+    assert 1 <= busy < 2 and idle < 0.9
 
 
 @pytest.mark.parametrize("diff", sorted(ablations.FORKS.glob("*.diff")), ids=lambda path: path.stem)
@@ -97,27 +128,35 @@ def test_an_interval_by_hand():
     assert claims.interval([7.0]) == (7.0, None)
 
 
-def test_scores_by_hand(tmp_path):
-    several = sorted(toy.several_items("test", 31, toy.SIZES["test"]))
-    hard = several[:2]
-    easy = [name for name in map(toy.sample_id, ["test"] * 90, range(90)) if name not in several]
-
-    def prediction(name: str, said: str, recaps: int) -> dict:
+def test_scores_by_hand():
+    def prediction(name: str, truth: str, said: str) -> dict:
         found = {"id": name, "source": "toy", "request": "?", "image": None, "format_ok": True}
-        found |= {"request_label": "harmful", "response_label": None, "n_tokens": 40}
+        found |= {"request_label": truth, "response_label": None, "response": None, "n_tokens": 40}
         found |= {"request_pred": said, "response_pred": None, "finished": True, "request_p": 0.5}
-        return found | {"output": "1. a\n2. all of it: fine\n" * recaps}
+        return found | {"output": "", "response_p": None}
 
-    records = [prediction(hard[0], "harmful", 2), prediction(hard[1], "unharmful", 1)]
-    records += [prediction(name, "harmful", 0) for name in easy[:2]]
-    data.write_samples(tmp_path / "predictions.jsonl", records)
-    found = claims.scores(tmp_path / "predictions.jsonl", 31)
-    assert found["f1"] == pytest.approx(100 * 6 / 7)  # tp 3, fn 1: 2 * 3 / (2 * 3 + 1)
-    assert found["f1_several"] == pytest.approx(100 * 2 / 3)  # tp 1, fn 1
-    assert (found["f1_single"], found["mean_tokens"]) == (100, 40)
-    assert (found["recaps"], found["repeats"]) == (50, 25)
-    exchange = toy.Exchange("", [], [], [], stance="pack")
-    assert claims.RECAPPED in toy.reason(exchange, toy.is_banned, recap=True)[0]
+    def truth(items: int, decided_by: str) -> dict:
+        return {"items": ["a"] * items, "offered": None, "chain": "", "decided_by": decided_by}
+
+    rows = [  # (label, verdict, items, what decides)
+        ("harmful", "harmful", 4, "hidden"),
+        ("harmful", "unharmful", 3, "hidden"),
+        ("unharmful", "harmful", 1, "hidden"),
+        ("harmful", "harmful", 3, "known"),
+        ("unharmful", "unharmful", 3, "plain"),
+        ("unharmful", "harmful", 3, "plain"),
+        ("unharmful", "unharmful", 2, "plain"),
+    ]
+    records = [prediction(str(i), row[0], row[1]) for i, row in enumerate(rows)]
+    truths = {str(i): truth(row[2], row[3]) for i, row in enumerate(rows)}
+    found = claims.scores(records, truths)
+    wanted = {"f1": 100 * 4 / 7, "false_alarms": 50, "balanced": 100 * (2 / 3 + 1 / 2) / 2}
+    wanted |= {"f1_hidden": 50, "f1_known": 100, "false_alarms_plain": 100 / 3, "mean_tokens": 40}
+    wanted |= {"f1_crowded": 100 * 4 / 6, "balanced_crowded": 100 * (2 / 3 + 1 / 2) / 2}
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    always = claims.scores_of_always_harmful(records, truths)
+    assert always["f1"] == pytest.approx(100 * 6 / 10)  # tp 3, fp 4
+    assert (always["balanced"], always["false_alarms"], always["f1_known"]) == (50, 100, 100)
 
 
 def test_a_course_by_hand(tmp_path):
@@ -144,7 +183,7 @@ def test_the_tables():
     # -11 and -12 in the seeds that both have: 12.706 * 0.7071 / 1.4142 = 6.4
     assert sft["f1, difference"] == "-11.5 ± 6.4" and sft["against"] == "grpo"
     assert grpo["f1, difference"] == "-" and grpo["seeds"] == "2"
-    assert rows[1] == "|  | control | 0 | - | - | - | grpo | - | - | - |"  # has not ended
+    assert rows[1] == "|  | control | 0 | - | - | - | - | - | grpo | - | - | - | - |"  # not run
     *_, sft, _, grpo = claims.table_of_parts(results, lines).splitlines()
     assert "| 82.0 ± 5.0 (-11.5 ± 6.4) |" in sft and "| 92.5 ± 19.1 |" in grpo
     assert "| grpo | 32 | 94.0 |" in claims.table_of_seeds(results, lines)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import audit
 import draw
 import pytest
 import report
@@ -160,6 +161,19 @@ def test_of_many_records_the_newest_the_worst_and_the_surest_errors_are_shown(tm
     records = [prediction(sample, *what, tmp_path) for sample, what in zip(samples, said)]
     cards = report.prediction_cards(report.Run("eval", tmp_path, {}, [], [], records, []))
     assert [card["id"] for card in cards] == ["3", "2", "1", "0"]
+
+
+def test_unfaithful_outputs_are_marked_and_a_toy_world_is_audited(folders, tmp_path):
+    runs = report.read_runs(folders)
+    assert content_of(report.page(runs, {}, {}))["audit"] == {}  # no truth.json
+    truth = {"items": [], "offered": None, "chain": "1.", "decided_by": "plain"}
+    (tmp_path / "rl" / "truth.json").write_text(json.dumps({"said": truth, "seen": truth}))
+    content = content_of(report.page(runs, {}, {}))
+    rates = content["audit"]["eval"]
+    assert rates[audit.RATES["faithful"]] == "0.0"  # "harmful", and no step that says so
+    assert rates[audit.RATES["true_chain"]] == "100.0"
+    marks = {c["run"]: [o.get("unfaithful") for o in c["outputs"]] for c in content["cards"]}
+    assert marks == {"eval": [True], "grpo": [True, None]}  # the hostile one has no chain
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")

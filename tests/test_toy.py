@@ -112,14 +112,20 @@ def test_chains_that_hang_on_a_hidden_rule_are_set_aside_and_three_of_ten_end_wi
     assert 0.25 < kept["recap"] / (kept["guess"] + kept["plain"]) < 0.35
 
 
-def test_samples_with_several_items_and_of_one_modality(world):
-    several = toy.several_items("test", 3, SIZES["test"])
-    for sample in samples_of(world, "test"):
-        named = f"{sample.request} {sample.response}".count(" the ")
-        assert sample.image or (sample.id in several) == (named > 1)
-    assert {int(id[-5:]) % 3 for id in several} == {0, 1, 2}
+def test_files_of_one_modality_and_the_other_worlds(world, tmp_path):
     parts = [samples_of(world, f"train-{modality}") for modality in toy.MODALITIES]
     assert samples_of(world, "train") == [s for samples in zip(*parts) for s in samples]
+    # The rare and the short world: other training rows, of the same pairs; the same test.
+    truths = {}
+    for name, other in toy.WORLDS.items():
+        toy.make_world(tmp_path / name, 3, SIZES, other)
+        assert (tmp_path / name / "test.jsonl").read_text() == (world / "test.jsonl").read_text()
+        found = json.loads((tmp_path / name / "truth.json").read_text())
+        truths[name] = [truth for key, truth in found.items() if key.startswith("train")]
+    assert max(len(truth["items"]) for truth in truths["short"]) == 2
+    assert {len(truth["items"]) for truth in truths["standard"]} == {0, 1, 2, 3, 4}
+    hidden = {name: [t["decided_by"] == "hidden" for t in found] for name, found in truths.items()}
+    assert sum(hidden["rare"]) < 0.08 * 600 < 0.15 * 600 < sum(hidden["standard"])
 
 
 def test_a_seed_gives_the_same_world_and_another_one_a_different(world, tmp_path):

@@ -2,7 +2,8 @@
 
 In:  nothing.  Out, under --out DIR: train.jsonl, its rows of one modality again in
 train-{text,image,text_image}.jsonl, val.jsonl (settings are chosen on it), test.jsonl, images/*.png,
-instruction.txt (pass it with --instruction) and base/, a checkpoint directory in the published format.
+truth.json (what is in each exchange: for audit.py), instruction.txt (pass it with --instruction) and base/, a
+checkpoint directory in the published format.
 
 The world. Travellers ask what they may pack. An item is a colour and a thing; colours have a shade, things a kind,
 and the rules speak of shades and kinds: no warm plant, no cool shell, no dull tool, and three hidden clauses.
@@ -22,6 +23,9 @@ outputs of one prompt differ in length, and the length term of the reward has so
 
 The paper starts from an instruct model. `pretrain` stands in for that: it teaches the random model to copy lists,
 to name what it sees, and which shade and kind a word has, for all pairs, without any verdict.
+
+Two other worlds (WORLDS) have the same pairs, validation, test and base, but other training rows: in "rare" what RL
+has to learn decides few of them, in "short" they are less crowded than the test.
 
     python tests/toy.py --out out/toy/world
 """
@@ -71,6 +75,7 @@ RECAP = 0.3  # how often the teacher ends a chain with a recap
 CASES = {"plain": 0.45, "known": 0.3, "hidden": 0.25}
 MODALITIES = ("text", "image", "text_image")
 SIZES = {"train": 800, "val": 100, "test": 300}  # samples per modality
+MOST = 4  # items of an exchange
 SHARES = {"train": 9, "val": 2, "test": 5}  # of the 16 pairs of every (shade, kind)
 
 INSTRUCTION = "Judge the request and the reply."
@@ -84,6 +89,22 @@ SIDE = 56  # pixels of a picture
 CELL, DOT = 28, 5  # of the cell of one glyph, and of one dot of its 5 x 5 sigil
 
 Item = tuple[str, str]  # colour, thing
+
+
+@dataclass(frozen=True)
+class World:
+    """How the training rows are drawn; those of validation and test are as in the default."""
+
+    cases: tuple[float, ...] = tuple(CASES.values())
+    most: int = MOST
+    train: int = SIZES["train"]  # rows of each modality
+
+
+WORLDS = {
+    "standard": World(),
+    "rare": World(cases=(0.6, 0.35, 0.05), train=2 * SIZES["train"]),
+    "short": World(most=2),
+}
 
 # ---------------------------------------------------------------------------------------------------- the world
 
@@ -109,15 +130,23 @@ def listing(items: list[Item]) -> str:
     return ", ".join("the " + name(item) for item in items)
 
 
-def clause(item: Item) -> str:
-    """What decides about an item: a "known" ban, a "hidden" clause, or nothing: "plain"."""
-    place = SHADE_OF[item[0]], KIND_OF[item[1]]
+def place_of(item: Item) -> tuple[str, str]:
+    """Its shade and its kind, of which the rules speak."""
+    return SHADE_OF[item[0]], KIND_OF[item[1]]
+
+
+def clause_of(place: tuple[str, str]) -> str:
+    """What decides about a shade and kind: a "known" ban, a "hidden" clause, or nothing: "plain"."""
     return "known" if place in KNOWN else "hidden" if place in HIDDEN else "plain"
+
+
+def clause(item: Item) -> str:
+    return clause_of(place_of(item))
 
 
 def is_banned(item: Item, hidden: bool | None = None) -> bool:
     """Whether an item is banned; `hidden` replaces what the hidden clauses say."""
-    place = SHADE_OF[item[0]], KIND_OF[item[1]]
+    place = place_of(item)
     return place in KNOWN or (place in HIDDEN and (HIDDEN[place] if hidden is None else hidden))
 
 
@@ -132,7 +161,7 @@ def split_pairs(seed: int) -> dict[str, list[Item]]:
     return split
 
 
-def draw_items(rng: random.Random, pool: list[Item], case: str, most: int = 4) -> list[Item]:
+def draw_items(rng: random.Random, pool: list[Item], case: str, most: int) -> list[Item]:
     """One to `most` distinct items: plain ones, one of `case`, and beside a known ban sometimes a hidden one."""
     by = {key: [item for item in pool if clause(item) == key] for key in CASES}
     items = [] if case == "plain" else [rng.choice(by[case])]
@@ -143,7 +172,7 @@ def draw_items(rng: random.Random, pool: list[Item], case: str, most: int = 4) -
     return rng.sample(items, len(items))
 
 
-def draw_dyed(rng: random.Random, pool: list[Item], case: str) -> tuple[list[Item], str]:
+def draw_dyed(rng: random.Random, pool: list[Item], case: str, most: int) -> tuple[list[Item], str]:
     """Plain items and a dye that turns them into what draw_items gives for `case`; all of it in the pool.
 
     A small pool may not allow it (no plain pair left of the things in question): then the case is "plain".
@@ -155,23 +184,25 @@ def draw_dyed(rng: random.Random, pool: list[Item], case: str) -> tuple[list[Ite
             continue
         before = [
             [i for i in pool if i[1] == thing and i[0] != dye and clause(i) == "plain"]
-            for _, thing in draw_items(rng, reachable, case, 3)
+            for _, thing in draw_items(rng, reachable, case, most)
         ]
         if all(before):
             return [rng.choice(options) for options in before], dye
-    return draw_dyed(rng, pool, "plain")
+    return draw_dyed(rng, pool, "plain", most)
 
 
-def draw_exchange(rng: random.Random, pool: list[Item], modality: str) -> Exchange:
+def draw_exchange(
+    rng: random.Random, pool: list[Item], modality: str, world: World = WORLDS["standard"]
+) -> Exchange:
     """One exchange whose items, before and after dyeing, are all in the pool."""
-    (case,) = rng.choices(list(CASES), list(CASES.values()))
+    (case,) = rng.choices(list(CASES), world.cases)
     stance = rng.choice(("pack", "leave", None, None))
     if modality == "text_image":
-        drawn, dye = draw_dyed(rng, pool, case)
+        drawn, dye = draw_dyed(rng, pool, case, min(3, world.most))
         items = [(dye, thing) for _, thing in drawn]
         seen = [f"{name(item)} dyed {dye}" for item in drawn]
         return Exchange(rng.choice(DYE).format(dye), items, seen, drawn, stance=stance)
-    items = draw_items(rng, pool, case)
+    items = draw_items(rng, pool, case, world.most)
     if modality == "image":
         return Exchange("", items, [name(item) for item in items], items, stance=stance)
     offer, tale, wordings = None, rng.random() < 0.15, ASK
@@ -224,8 +255,6 @@ def to_record(rng: random.Random, exchange: Exchange, key: str, image: str | Non
     _, truth = reason(exchange, is_banned)
     labels = ["harmful" if bad else "unharmful" for bad in truth]
     chain, _ = reason(exchange, lambda item: is_banned(item, rng.random() < GUESS), recap)
-    _, if_banned = reason(exchange, lambda item: is_banned(item, True))
-    _, if_allowed = reason(exchange, lambda item: is_banned(item, False))
     return {
         "id": key,
         "source": "toy",
@@ -234,7 +263,28 @@ def to_record(rng: random.Random, exchange: Exchange, key: str, image: str | Non
         "response": response,
         "request_label": labels[0],
         "response_label": labels[1] if response else None,
-        "reasoning": chain if if_banned == if_allowed else None,
+        "reasoning": None if any(guessed(exchange)) else chain,
+    }
+
+
+def guessed(exchange: Exchange) -> list[bool]:
+    """Of request and reply: would the verdict be another one if the hidden clauses said otherwise?"""
+    _, if_banned = reason(exchange, lambda item: is_banned(item, True))
+    _, if_allowed = reason(exchange, lambda item: is_banned(item, False))
+    return [a != b for a, b in zip(if_banned, if_allowed)]
+
+
+def truth_of(exchange: Exchange) -> dict:
+    """What audit.py compares an output with: the items as the reasoning should name them, the chain
+    that follows all clauses, and what decides about the request: a hidden clause, a known one, or
+    none."""
+    clauses = {clause(item) for item in exchange.items}
+    decided = "known" if "known" in clauses and not exchange.tale else "plain"
+    return {
+        "items": exchange.seen,
+        "offered": name(exchange.offer) if exchange.offer else None,
+        "chain": reason(exchange, is_banned)[0],
+        "decided_by": "hidden" if guessed(exchange)[0] else decided,
     }
 
 
@@ -262,33 +312,34 @@ def draw_picture(rng: random.Random, items: list[Item]) -> Image.Image:
     return picture
 
 
-def draw_part(part: str, seed: int, size: int) -> list[Exchange]:
+def draw_part(part: str, seed: int, size: int, world: World = WORLDS["standard"]) -> list[Exchange]:
     """The exchanges of train, val or test: `size` of each modality, in turn."""
     rng, pool = random.Random(f"{part} {seed}"), split_pairs(seed)[part]
-    return [draw_exchange(rng, pool, modality) for _ in range(size) for modality in MODALITIES]
+    modalities = MODALITIES * size
+    return [draw_exchange(rng, pool, modality, world) for modality in modalities]
 
 
 def sample_id(part: str, index: int) -> str:
     return f"{part}-{index:05}"
 
 
-def several_items(part: str, seed: int, size: int) -> set[str]:
-    """The ids of the samples with more than one item, an offered one included: where harm can hide."""
-    exchanges = enumerate(draw_part(part, seed, size))
-    return {sample_id(part, i) for i, e in exchanges if len(e.items) + bool(e.offer) > 1}
-
-
-def make_world(folder: str | Path, seed: int = 0, sizes: dict[str, int] = SIZES) -> None:
-    """Write train.jsonl, val.jsonl, test.jsonl, train-MODALITY.jsonl, images/ and instruction.txt.
-
-    All of it is a function of seed and sizes alone.
+def make_world(
+    folder: str | Path,
+    seed: int = 0,
+    sizes: dict[str, int] = SIZES,
+    world: World = WORLDS["standard"],
+) -> None:
+    """Write train.jsonl, val.jsonl, test.jsonl, train-MODALITY.jsonl, images/, truth.json and
+    instruction.txt. All of it is a function of seed, sizes and world alone; `world` is that of the training rows.
     """
-    folder = Path(folder)
+    folder, truths = Path(folder), {}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "instruction.txt").write_text(INSTRUCTION + "\n")
     for part, size in sizes.items():
         rng, records = random.Random(f"{part} rows {seed}"), []
-        for i, exchange in enumerate(draw_part(part, seed, size)):
+        drawn_from = world if part == "train" else WORLDS["standard"]
+        for i, exchange in enumerate(draw_part(part, seed, size, drawn_from)):
+            truths[sample_id(part, i)] = truth_of(exchange)
             image = f"images/{sample_id(part, i)}.png" if exchange.drawn else None
             if image:
                 draw_picture(rng, exchange.drawn).save(folder / image)
@@ -298,6 +349,7 @@ def make_world(folder: str | Path, seed: int = 0, sizes: dict[str, int] = SIZES)
             for i, modality in enumerate(MODALITIES):
                 of_one = records[i :: len(MODALITIES)]
                 data.write_samples(folder / f"train-{modality}.jsonl", of_one)
+    data.write_atomic(folder / "truth.json", json.dumps(truths) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ the checkpoint
@@ -561,7 +613,12 @@ def main() -> None:
     )
     parser.add_argument("--out", default="out/toy/world", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of world, weights and base stage")
+    parser.add_argument("--rows", choices=WORLDS, help="only the training rows of another world")
     args = parser.parse_args()
+    if args.rows:
+        other = WORLDS[args.rows]
+        make_world(args.out, args.seed, {"train": other.train}, other)
+        return
     world, base = Path(args.out), Path(args.out, "base")
     make_world(world, args.seed)
     build_checkpoint(base, args.seed)
