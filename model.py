@@ -628,7 +628,7 @@ class QwenVL(nn.Module):
 
 @dataclass(eq=False)
 class Completion:
-    """One sampled output. Its branch goes on after its end, until it is dropped."""
+    """One sampled output."""
 
     ids: list[int]  # with the stop token, when finished
     scores: list[list[float]]  # of every token: log-probability and, if asked for, P(harmful)
@@ -652,7 +652,16 @@ class Prompt:
 
     key: int  # the caller's name of it
     length: int  # tokens
+    next_position: int  # of its completions' first tokens; text has one number for all three
     completions: list[Completion]  # [n]
+
+
+class Branch(NamedTuple):
+    """A completion while it grows."""
+
+    prompt: Prompt
+    completion: Completion
+    random: Tensor  # [max_new_tokens] uniform numbers, on the CPU
 
 
 NUCLEUS_TOKENS = 1024  # top-p looks at so many of the likeliest tokens: sorting all costs much more
@@ -734,16 +743,6 @@ def random_stream(seed: int, key: int, branch: int, length: int) -> Tensor:
     return torch.rand(length, generator=generator)
 
 
-class DecodeState(NamedTuple):
-    """What the device knows of every branch's newest token."""
-
-    hidden: Tensor  # [B, D] that it is drawn from
-    token: Tensor  # [B] once it is drawn
-    position: Tensor  # [B] in text one number for all three coordinates
-    index: Tensor  # [B] its place among the branch's own tokens
-    random: Tensor  # [B, max_new_tokens] uniform numbers
-
-
 class DecodeBatch:
     """B branches of N prompts, sorted by prompt. Each prompt's keys and values exist once; each
     branch adds those of its own tokens. With two branches of one prompt and one of another:
@@ -753,8 +752,8 @@ class DecodeBatch:
                                                   slot 1: b b b
           slot 1: q q q q q                       slot 2: c . .
 
-    A branch's query attends to its own slot and to its prompt's; `attention` joins the two. The
-    host knows all tokens (branches), the device the newest one of every branch (state).
+    A branch's query attends to its own slot and to its prompt's; `attention` joins the two. All
+    else is known to the host. A branch that has ended repeats its last step until it is dropped.
     """
 
     def __init__(self, model: QwenVL, prompts, n, max_new_tokens, seed, max_branches, cache_tokens):
@@ -766,9 +765,8 @@ class DecodeBatch:
         self.queue = iter(prompts)
         self.upcoming = next(self.queue, None)  # the first (key, row) that is not in the batch yet
         self.prompts: list[Prompt] = []
-        self.branches: list[tuple[Prompt, Completion]] = []
-        self.lengths: list[int] = []  # of every branch, its tokens that have gone through the model
-        self.state: DecodeState | None = None
+        self.branches: list[Branch] = []
+        self.hidden: Tensor | None = None  # [B, D] of the newest tokens: the next are drawn from it
         self.prompt_cache, self.own_cache = KVCache(model), KVCache(model)
 
     def has_room(self) -> bool:
@@ -782,30 +780,28 @@ class DecodeBatch:
 
     def drop_ended(self) -> None:
         """Drop branches that have ended, and prompts of which none is left. That copies the caches,
-        so it waits until they are many, or until one has no room for another token."""
-        kept = [i for i, (_, completion) in enumerate(self.branches) if completion.running]
-        many = len(kept) <= (1 - ENDED_SHARE) * len(self.branches)
-        if not self.branches or not (many or self.max_new_tokens in self.lengths):
+        so it waits until they are many."""
+        kept = [i for i, branch in enumerate(self.branches) if branch.completion.running]
+        if not self.branches or len(kept) > (1 - ENDED_SHARE) * len(self.branches):
             return
-        chosen = torch.tensor(kept, dtype=torch.long, device=self.model.device)
-        self.state = DecodeState(*(values[chosen] for values in self.state))
+        self.hidden = self.hidden[torch.tensor(kept, dtype=torch.long, device=self.model.device)]
         self.branches = [self.branches[i] for i in kept]
-        self.lengths = [self.lengths[i] for i in kept]
-        self.own_cache.keep(kept, self.own_cache.capacity)
-        unanswered = {prompt for prompt, _ in self.branches}
-        kept = [i for i, prompt in enumerate(self.prompts) if prompt in unanswered]
-        self.prompts = [self.prompts[i] for i in kept]
-        self.prompt_cache.keep(kept, max([prompt.length for prompt in self.prompts], default=0))
-        self.resize_caches()
+        unanswered = {branch.prompt for branch in self.branches}
+        kept_prompts = [i for i, prompt in enumerate(self.prompts) if prompt in unanswered]
+        self.prompts = [self.prompts[i] for i in kept_prompts]
+        self.fit_caches(kept_prompts, kept)
 
     def add_prompts(self) -> None:
         """Take as many prompts as there is room for, in their order, and encode some at a time."""
         rows = []
         while self.upcoming and self.has_room():
             key, row = self.upcoming
-            prompt = Prompt(key, len(row), [Completion([], []) for _ in range(self.n)])
+            completions = [Completion([], []) for _ in range(self.n)]
+            prompt = Prompt(key, len(row), int(row.positions[0, -1]) + 1, completions)
             self.prompts.append(prompt)
-            self.branches += [(prompt, completion) for completion in prompt.completions]
+            for i, completion in enumerate(completions):
+                random = random_stream(self.seed, key, i, self.max_new_tokens)
+                self.branches.append(Branch(prompt, completion, random))
             rows.append(row)
             self.upcoming = next(self.queue, None)
             if sum(map(len, rows)) >= PREFILL_TOKENS:
@@ -814,16 +810,15 @@ class DecodeBatch:
         if rows:
             self.prefill(rows)
 
-    def resize_caches(self) -> None:
-        """Let the caches have a slot for every branch and every prompt, in this order."""
-        device, count = self.model.device, len(self.branches)
+    def fit_caches(self, kept_prompts: Sequence[int], kept_branches: Sequence[int]) -> None:
+        """A slot for every prompt and every branch; the first are those of before that are kept."""
         lengths = [prompt.length for prompt in self.prompts]
-        queries = Counter(prompt for prompt, _ in self.branches)
-        capacity = max([self.prompt_cache.capacity, *lengths])
-        self.prompt_cache.grow(list(queries.values()), capacity)
-        self.prompt_cache.set_lengths(lengths, torch.tensor(lengths, device=device))
-        self.own_cache.grow([1] * count, self.own_cache.capacity)
-        self.slots = torch.arange(count, device=device)
+        queries = Counter(branch.prompt for branch in self.branches)
+        self.prompt_cache.resize(kept_prompts, list(queries.values()), max(lengths, default=0))
+        self.prompt_cache.set_lengths(lengths)
+        count = len(self.branches)
+        self.own_cache.resize(kept_branches, [1] * count, self.own_cache.capacity)
+        self.slots = torch.arange(count, device=self.model.device)
 
     def prefill(self, rows: list[Row]) -> None:
         """Encode the newest prompts, whose rows these are, so that their branches can start."""
@@ -837,37 +832,22 @@ class DecodeBatch:
             return packed_attention(q, k, v)
 
         hidden = self.model.hidden(row, recording)  # [T, D]
-        self.resize_caches()
+        branches_before = len(self.branches) - self.n * len(rows)
+        self.fit_caches(range(len(self.prompts) - len(rows)), range(branches_before))
         lengths = [len(row) for row in rows]
         for layer, new in zip(self.prompt_cache.layers, new_layers):
             slots = layer[:, -len(rows) :].unbind(1)  # of each new prompt [2, C, K, d]
             for slot, keys_values in zip(slots, new.split(lengths, dim=1)):
                 slot[:, : keys_values.shape[1]] = keys_values
-        # 2. Branches start at the prompts' last tokens. These are text: all coordinates are equal.
+        # 2. Branches start at the prompts' last tokens.
         last = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(self.n)  # [new branches]
-        zeros = torch.zeros_like(last).to(device)
-        random = [
-            random_stream(self.seed, prompt.key, i, self.max_new_tokens)
-            for prompt in self.prompts[-len(rows) :]
-            for i in range(self.n)
-        ]
-        new = DecodeState(
-            hidden=hidden[last.to(device)],
-            token=zeros,
-            position=(row.positions[0, last] + 1).to(device),
-            index=zeros,
-            random=torch.stack(random).to(device),
-        )
-        if self.state:
-            new = DecodeState(*map(torch.cat, zip(self.state, new)))
-        self.state = new
-        self.lengths += [0] * len(last)
+        hidden = hidden[last.to(device)]
+        self.hidden = hidden if self.hidden is None else torch.cat([self.hidden, hidden])
 
     def draw(self, temperature: float, top_p: float, banned, words) -> list[list[float]]:
-        """The next token of every branch, which goes into the state, its log-probability and, with
-        words, P(harmful). Temperature 0 takes the most likely one."""
-        state = self.state
-        logits = F.linear(state.hidden.float(), self.head)  # [B, V]
+        """The next token of every branch, its log-probability and, with words, P(harmful).
+        Temperature 0 takes the most likely one."""
+        logits = F.linear(self.hidden.float(), self.head)  # [B, V]
         scores = []
         if words:
             harmful, unharmful = words
@@ -879,16 +859,17 @@ class DecodeBatch:
             probs = logprobs.exp()
             if top_p < 1:
                 probs = nucleus(probs, top_p)
-            uniform = state.random.gather(1, state.index[:, None]).squeeze(1)
+            last = self.max_new_tokens - 1  # where branches that have ended may stay
+            numbers = [b.random[min(len(b.completion.ids), last)] for b in self.branches]
+            uniform = torch.stack(numbers).to(logits.device, non_blocking=True)
             token = sample_tokens(probs, uniform)
-        self.state = state._replace(token=token)
         chosen = logprobs.gather(1, token[:, None]).squeeze(1)
         # One tensor, so that the host waits once for the device; float32 holds every token id.
         return torch.stack([token.float(), chosen, *scores], dim=1).tolist()
 
     def record(self, drawn: list[list[float]], stop_ids) -> Iterator[Prompt]:
         """Note the new token of every branch; yields the prompts whose last branch ends with it."""
-        for (prompt, completion), (token, *scores) in zip(self.branches, drawn):
+        for (prompt, completion, _), (token, *scores) in zip(self.branches, drawn):
             if not completion.running:
                 continue
             if not math.isfinite(scores[0]):
@@ -904,19 +885,23 @@ class DecodeBatch:
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
-        state, model = self.state, self.model
-        self.lengths = [length + 1 for length in self.lengths]
-        longest, index = max(self.lengths), state.index + 1
-        if longest > self.own_cache.capacity:
-            capacity = min(max(64, 2 * longest), self.max_new_tokens)
-            self.own_cache.grow([1] * len(self.lengths), capacity)
-        self.own_cache.set_lengths(self.lengths, index)
-        x = model.model.embed_tokens(state.token)  # [B, D]
-        cos, sin = model.rope(state.position.expand(3, -1))
+        model, lengths = self.model, [len(branch.completion.ids) for branch in self.branches]
+        if max(lengths) > self.own_cache.capacity:
+            capacity = min(max(64, 2 * max(lengths)), self.max_new_tokens)
+            self.own_cache.resize(range(len(lengths)), [1] * len(lengths), capacity)
+        self.own_cache.set_lengths(lengths)
+        newest = [
+            (completion.ids[-1], len(completion.ids) - 1, prompt.next_position)
+            for prompt, completion, _ in self.branches
+        ]
+        # The host has just waited for the device, so this copy waits for nothing.
+        newest = torch.tensor(newest).to(model.device, non_blocking=True)
+        token, self.index, first_position = newest.unbind(1)  # each [B]
+        x = model.model.embed_tokens(token)  # [B, D]
+        cos, sin = model.rope((first_position + self.index).expand(3, -1))
         for layer in model.model.layers:
             x = layer(x, cos, sin, self.attention)
-        hidden = model.model.norm(x)
-        self.state = state._replace(hidden=hidden, position=state.position + 1, index=index)
+        self.hidden = model.model.norm(x)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d].
@@ -926,7 +911,7 @@ class DecodeBatch:
         sigmoid(log Z_p - log Z_o).
         """
         newest = torch.stack([k, v])  # [2, B, K, d]
-        self.own_cache.layers[layer][:, self.slots, self.state.index] = newest
+        self.own_cache.layers[layer][:, self.slots, self.index] = newest
         own_out, own_lse = self.own_cache.attend(q, layer)
         prompt_out, prompt_lse = self.prompt_cache.attend(q, layer)
         weight = torch.sigmoid(prompt_lse - own_lse)[..., None]
@@ -966,23 +951,15 @@ class KVCache:
             return self.head.new_zeros(2, slots, capacity, self.heads, self.size)
         return self.head.new_zeros(2, slots, self.heads, capacity, self.size).transpose(2, 3)
 
-    def keep(self, slots: list[int], capacity: int) -> None:
-        """Drop all slots but these, and all tokens beyond the capacity. Layer by layer: two whole
-        caches never exist."""
-        chosen = torch.tensor(slots, dtype=torch.long, device=self.head.device)
-        for i, layer in enumerate(self.layers):
-            self.layers[i] = self.zeros(len(slots), capacity)
-            self.layers[i].copy_(layer[:, chosen, :capacity])
-        self.capacity = capacity
-
-    def grow(self, queries: list[int], capacity: int) -> None:
-        """Make room for more slots and longer ones; what is there stays first. queries: how many
-        attend to each slot."""
+    def resize(self, kept: Sequence[int], queries: list[int], capacity: int) -> None:
+        """Have a slot for each of `queries`, the numbers of queries that attend to it, the first of
+        them the slots `kept` of before. Layer by layer: two whole caches never exist."""
         device, slots = self.head.device, len(queries)
-        if (slots, capacity) != self.layers[0].shape[1:3]:
-            for i, layer in enumerate(self.layers):
-                self.layers[i] = self.zeros(slots, capacity)
-                self.layers[i][:, : layer.shape[1], : layer.shape[2]] = layer
+        chosen = torch.tensor(kept, dtype=torch.long, device=device)
+        for i, layer in enumerate(self.layers):
+            old = layer[:, chosen, :capacity]
+            self.layers[i] = self.zeros(slots, capacity)
+            self.layers[i][:, : len(kept), : old.shape[2]] = old
         self.capacity, self.most_queries = capacity, max(queries, default=0)
         self.ends = boundaries(queries, device), boundaries([capacity] * slots, device)
         # The plain formula wants equally many queries for each slot, and pads them: of slots with 2
@@ -992,13 +969,14 @@ class KVCache:
             is_used = torch.arange(self.most_queries) < torch.tensor(queries)[:, None]
             self.places = is_used.flatten().nonzero().squeeze(1).to(device)  # [B]
 
-    def set_lengths(self, lengths: list[int], on_device: Tensor) -> None:
-        """How many keys of each slot count [R], for the host and for the device."""
-        self.lengths, self.longest = on_device.int(), max(lengths, default=0)
-        self.masked_keys = None
+    def set_lengths(self, lengths: list[int]) -> None:
+        """How many keys of each slot count [R]."""
+        counts = torch.tensor(lengths, dtype=torch.int32)
+        self.lengths = counts.to(self.head.device, non_blocking=True)
+        self.longest, self.masked_keys = max(lengths, default=0), None
         if len(set(lengths)) > 1 and not has_varlen(self.head):
-            tokens = torch.arange(self.longest, device=on_device.device)
-            self.masked_keys = tokens >= on_device.view(-1, 1, 1, 1)  # [R, 1, 1, longest]
+            tokens = torch.arange(self.longest, device=self.head.device)
+            self.masked_keys = tokens >= self.lengths.view(-1, 1, 1, 1)  # [R, 1, 1, longest]
 
     def attend(self, q: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """softmax(q k / sqrt(d)) v of queries q [B, H, d] over keys and values of a layer: [B, H,
@@ -1049,33 +1027,22 @@ def locate(name: str) -> Path:
         raise CheckpointError(f"{name}: {reason}") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's weights. CheckpointError if it is not certain which are meant."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a directory's *.safetensors under their published names, mapped, not read into
+    memory. CheckpointError if it is not certain which weights are meant."""
     if any(folder.glob("adapter_*")):
         raise CheckpointError(f"{folder}: holds an adapter (LoRA); merge it into the weights first")
-    if not index.exists():
-        return [whole]
-    if whole.exists():
-        raise CheckpointError(f"{folder}: {whole.name} and {index.name}; remove what is not meant")
-    try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: cannot be read ({error!r})") from error
-    if any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{index}: names files outside of its folder")
-    return [folder / name for name in sorted(names)]
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors under their published names, mapped from the files, not read into memory."""
-    tensors = {}
-    for path in weight_files(folder):
+    tensors, files = {}, sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: holds no weights (*.safetensors)")
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     published = name.replace("model.visual.", "visual.")
                     published = published.replace("model.language_model.", "model.")
+                    if published in tensors:
+                        raise CheckpointError(f"{path}: {name} is in another file, too; remove one")
                     tensors[published] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
@@ -1195,11 +1162,8 @@ class Ranks:
 def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
     """Read torchrun's environment, choose device and type, join the group, and say once what is
     used. OSError if something of that cannot be."""
-    launched = torch.distributed.is_torchelastic_launched()
-    if not launched and {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        raise OSError("RANK or WORLD_SIZE is set, but not by torchrun: unset it, or use torchrun")
     rank, world, local_rank = 0, 1, 0
-    if launched:
+    if torch.distributed.is_torchelastic_launched():
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         rank, world, local_rank = (int(os.environ[name]) for name in names)
     # Segments that grow fit caches that do. This must be said before CUDA starts.

@@ -75,7 +75,7 @@ CONTROL = "--epochs 11"
 RFT = "--epochs 5"
 RFT_LONG = "--epochs 8.5"
 FEW = "--epochs 0.334"  # a third of the steps, with the clip range of Eq. (7) over these
-SIXTEEN = "--update-batch 2 --lr 1e-4"  # mini-batches of a rollout batch, where SETTINGS has four
+SIXTEEN = "--update-batch 2 --lr 5e-5"  # mini-batches of a rollout batch, where SETTINGS has four
 
 
 @dataclass(frozen=True)

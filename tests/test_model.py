@@ -295,11 +295,10 @@ REFUSED = {  # what is told: a change to the folder, or to its tensors
     "Unexpected .*layers.2.x": lambda _, tensors: tensors.update({"layers.2.x": torch.ones(1)}),
     "mismatch for model.norm": lambda _, tensors: tensors.update({NORM: torch.ones(1)}),
     "adapter": lambda folder, _: write_json(folder / "adapter_config.json", {}),
-    f"model.safetensors and {INDEX}": lambda folder, _: write_json(folder / INDEX, {}),
-    "outside of its folder": lambda folder, _: (
-        (folder / "model.safetensors").rename(folder.parent / "x.safetensors"),
-        write_json(folder / INDEX, {"weight_map": {NORM: "../x.safetensors"}}),
+    f"{NORM} is in another file": lambda folder, tensors: save_file(
+        {NORM: tensors[NORM]}, folder / "model-00001-of-00002.safetensors"
     ),
+    "no weights": lambda folder, _: (folder / "model.safetensors").unlink(),
 }
 
 
@@ -523,9 +522,9 @@ def test_decoding_attention_equals_the_dense_one(back_end, net, dtype):
     q, keys, values = (torch.randn(*shape, 16, generator=draw).to(dtype) for shape in shapes)
     q *= 8
     cache = ours.KVCache(copy.deepcopy(net).to(dtype))
-    cache.grow([1, 3, 2], keys.shape[1])
+    cache.resize([], [1, 3, 2], keys.shape[1])
     cache.layers[1].copy_(torch.stack([keys, values]))
-    cache.set_lengths(lengths, torch.tensor(lengths))
+    cache.set_lengths(lengths)
     out, lse = cache.attend(q, layer=1)
     for i, slot in enumerate(slot_of):
         k, v = (x[slot, : lengths[slot]].float().repeat_interleave(2, 1) for x in (keys, values))

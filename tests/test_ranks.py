@@ -182,18 +182,13 @@ def test_each_of_several_ranks_uses_the_gpu_of_its_number(cuda, monkeypatch, dev
 
 
 @pytest.mark.parametrize(
-    "device, environment, message",
+    "device, message",
     [
-        ("cuda:5", {}, "device cuda:5 cannot be used here: CUDA error: invalid device ordinal"),
-        ("meta", {}, "device meta cannot be used here: "),
-        ("cpu", {"RANK": "1", "WORLD_SIZE": "1"}, "RANK .* torchrun"),
-        ("cpu", {"WORLD_SIZE": "2"}, "WORLD_SIZE .* torchrun"),
-        ("cpu", {"RANK": "abc"}, "RANK .* torchrun"),
+        ("cuda:5", "device cuda:5 cannot be used here: CUDA error: invalid device ordinal"),
+        ("meta", "device meta cannot be used here: "),
     ],
 )
-def test_what_cannot_be_used_is_one_line(cuda, monkeypatch, device, environment, message):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_what_cannot_be_used_is_one_line(cuda, device, message):
     with pytest.raises(OSError, match=f"{message}[^\n]*$"):
         qwen.start_ranks(device, "auto")
 
