@@ -27,7 +27,7 @@ from argparse import SUPPRESS
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.hf_argparser import HfArgumentParser
 
-from model import CheckpointError, Config, Grid, Row, Segment, locate, outline
+from model import Config, Grid, InputError, Row, Segment, as_input_error, locate, outline
 from reward import HARMFUL, TAGS, UNHARMFUL, label, parse
 
 INSTRUCTION = """You are a safety classifier of conversations between a human user and an AI assistant.
@@ -55,19 +55,6 @@ between <think> and </think>, then the answers between <result> and </result>.""
 TARGET = "<think>\n{}\n</think>\n\n<result>\nAnswers:\nRequest: {}\nResponse: {}\n</result>"
 AnyPath = str | Path
 CONTROL = "im_start im_end endoftext vision_start vision_end image_pad video_pad".split()
-
-
-class InputError(ValueError):
-    """Bad input. The message is one line: where, which sample, what is wrong, what to do."""
-
-
-@contextmanager
-def as_input_error(what: str, *kinds: type) -> Iterator:
-    """Raise errors of these kinds again as InputErrors that begin with `what`."""
-    try:
-        yield
-    except kinds as error:
-        raise InputError(f"{what}: {str(error) or repr(error)}") from error
 
 
 def option(default: Any = MISSING, help: str = "") -> Any:
@@ -172,7 +159,8 @@ def read_samples(paths: list, skip_bad: bool = False) -> tuple[list, list]:
     InputError, naming file, line and id, for a bad row, for one that is there twice (an id in one
     file, a sample in two), and for a file without good rows. With skip_bad such a row is left out,
     as is one whose image cannot be decoded."""
-    samples, left_out, origins = [], [], {}
+    samples, left_out = [], []
+    origins = {}  # where (path, id) and where an exchange stood
     for path in map(Path, paths):
         before = len(samples)
         for number, line in read_lines(path):
@@ -222,7 +210,9 @@ class Encoder:
         self._load_image_settings(folder, config, min_pixels, max_pixels)
         saved, self.instruction = folder / "instruction.txt", INSTRUCTION
         if instruction or saved.is_file():
-            self.instruction = read_text(instruction or saved).removesuffix("\n")
+            file = Path(instruction or saved)
+            with as_input_error(f"{file}: not UTF-8 text", UnicodeDecodeError):
+                self.instruction = file.read_text("utf-8-sig").removesuffix("\n")
 
     def _load_tokenizer(self, folder: Path, config: Config) -> None:
         """Set the tokenizer, its copy without added tokens, and the ids that the method needs."""
@@ -535,12 +525,6 @@ def decode_json(text: bytes) -> dict:
         return {**json.loads(text)}
 
 
-def read_text(path: AnyPath) -> str:
-    """A text file, without a byte order mark. InputError if it is not UTF-8."""
-    with as_input_error(f"{path}: not UTF-8 text", UnicodeDecodeError):
-        return Path(path).read_text("utf-8-sig")
-
-
 def read_json(path: AnyPath) -> dict:
     """The JSON object in a file. InputError if it holds none."""
     with as_input_error(str(path), InputError):
@@ -606,7 +590,6 @@ def check_output(out: AnyPath, inputs: Iterable) -> None:
 def cli(flags_class: type, main: Callable, arguments: list | None = None) -> None:
     """Run main with the flags of a dataclass. What a person can mend is one line on stderr and exit
     code 2; Ctrl-C is 130. Under torchrun the process ends at once, which then ends the others."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # a caller may have closed it
     sys.stdout.reconfigure(errors="replace")  # of what a screen cannot show; stderr does so itself
     about, _, _ = (sys.modules["__main__"].__doc__ or "").partition("\n\n")
     parser = HfArgumentParser(flags_class, allow_abbrev=False, usage=SUPPRESS, description=about)
@@ -631,16 +614,13 @@ def cli(flags_class: type, main: Callable, arguments: list | None = None) -> Non
         code = 130
     except SystemExit as error:
         code = error.code
-    except (InputError, CheckpointError, OSError) as error:
+    except (InputError, OSError) as error:
         text = str(error)
     except torch.OutOfMemoryError as error:
         advice = "a smaller --pack-tokens, --max-branches or --max-pixels, or more ranks"
         text = f"out of memory; try {advice} ({error})"
-    except BaseException as error:  # noqa: BLE001  (one rank that fails has to end all)
+    except BaseException:  # noqa: BLE001  (one rank that fails has to end all)
         code, text = 1, traceback.format_exc()
-        if type(error).__name__ == "CheckpointException":  # torch's, whose import takes a second
-            cause, _ = next(iter(error.failures.values()))
-            code, text = 2, f"the checkpoint cannot be written: {cause}"
     if code == 1 and "RANK" in os.environ:
         time.sleep(2)  # it may have lost another rank: torchrun then names that one as the cause
     if text:

@@ -6,14 +6,13 @@ Out: DIR/predictions.jsonl, DIR/results.json, and a printed table.
 Greedy decoding, positive class "harmful". Where this differs from the release:
 - the verdict is that of the last result block; words inside the reasoning never count;
 - an unreadable verdict counts once, as the wrong one, on every benchmark, and is shown;
-- 3,072 new tokens, as in the RL stage, instead of 4,096; outputs cut there are shown as truncated;
-- a label comes with P(harmful), from the logits of both words' first tokens, F1 with AUROC.
+- 3,072 new tokens, as in the RL stage, instead of 4,096; a label comes with P(harmful).
 A benchmark is a `source`, or what it has of one modality. An average is the paper's: the mean of
 its benchmarks' F1, weighted by their rows. Rows without a label are judged, but not scored.
 
-Records grow in DIR/rank-N.jsonl and are known by their exchange's content: the same command goes on
-after a kill, on any number of ranks, and judges again what has changed in --data. What was made
-with another model or other settings (DIR/settings.json) is refused.
+Records grow in DIR/rank-N.jsonl and are known by their exchange (of an image by path and size): the
+same command goes on after a kill, on any number of ranks, and judges again what has changed. What
+was made with another model or other settings (DIR/settings.json) is refused.
 
     torchrun evaluate.py --model out/guard --data data/test.jsonl --out out/eval
     python evaluate.py --predictions out/eval/predictions.jsonl
@@ -216,9 +215,9 @@ def p_harmful(encoder: Encoder, completion: Completion, offset: int | None) -> f
     if offset is None:
         return None
     ids = completion.ids
-    counts = range(len(ids))  # of tokens that are decoded
-    index = bisect_left(counts, offset, key=lambda count: len(encoder.decode(ids[:count])))
-    return completion.p_harmful[index].item()
+    # The fewest tokens whose text reaches the colon; the next one is the label's first.
+    count = bisect_left(range(len(ids)), offset, key=lambda n: len(encoder.decode(ids[:n])))
+    return completion.p_harmful[count]
 
 
 def predict(
@@ -358,9 +357,8 @@ def read_predictions(paths: Iterable[str | Path]) -> dict[tuple, dict]:
                 verdict = parse(p["output"])
                 p |= {"request_pred": verdict.request, "response_pred": verdict.response}
                 p["format_ok"] = verdict.format_ok
-                labels = {p["request_label"], p["response_label"]}
-                if labels - {HARMFUL, UNHARMFUL, None}:
-                    raise ValueError(f"labels are harmful, unharmful or null, not {labels}")
+                if {p["request_label"], p["response_label"]} - {HARMFUL, UNHARMFUL, None}:
+                    raise ValueError("its labels are not harmful, unharmful or null")
                 key = tuple(p[name] for name in ("source", "id", "request", "response", "image"))
                 if predictions.setdefault(key, p) is not p:
                     raise ValueError(f"{p['id']} is there twice: score one model at a time")
@@ -383,10 +381,10 @@ def score_files(paths: Iterable[str | Path], left_out: list[str] | None = None) 
         say(markdown(without, ("task", "benchmark", "modality", "n", "false_positive_rate")))
     say(f"\n{unlabelled} rows without a label: judged, not scored")
     say(f"{too_long} prompts over the model's context: counted as wrong, truncated")
-    counts = {"unlabelled": unlabelled, "too_long": too_long, "left_out": left_out}
     if left_out is not None:
         say(f"{len(left_out)} bad rows left out (--skip-bad)")
-    return {"metrics": metrics, "lines": lines, **counts}
+    found = {"metrics": metrics, "lines": lines, "unlabelled": unlabelled}
+    return found | {"too_long": too_long, "left_out": left_out}
 
 
 def main(flags: EvaluateFlags) -> None:

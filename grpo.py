@@ -5,10 +5,10 @@ Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/rollouts.
      with outputs, reward parts, advantages and clip value), DIR/checkpoints/ (the last two).
 
 No KL term and no reference model. A step is one rollout batch, updated on in several mini-batches.
-A prompt and its G completions are one packed row. Sampling encodes the prompt once. So does every
-forward pass of the update: one for a group of the first mini-batch, two for the others, whose log
-P_old must be known before the first update. A group longer than --pack-tokens is cut, and each part
-has its prompt.
+A prompt and its G completions are one packed row: sampling encodes the prompt once, and so does
+every forward pass of the update. The first mini-batch takes one; the others take two, since their
+log P_old must be known before the first update. A group longer than --pack-tokens is cut, and each
+part has its prompt.
 
 State is weights, optimizer and step: what a step samples is a function of (weights, seed, step,
 position in the rollout batch, number of the completion), so one process and many draw the same
@@ -227,7 +227,7 @@ def pack_groups(groups: list[Group], pack_tokens: int) -> list[MicroBatch]:
         for chosen in pack(ids, pack_tokens - len(group.prompt)):
             row = group.prompt.extend([ids[i] for i in chosen])
             advantages = [group.advantages[i].expand(len(ids[i])) for i in chosen]
-            logprobs = [group.completions[i].logprobs for i in chosen]
+            logprobs = [torch.tensor(group.completions[i].logprobs) for i in chosen]
             parts.append(MicroBatch(row, torch.cat(advantages), torch.cat(logprobs)))
     batches = []
     for chosen in pack([part.row for part in parts], pack_tokens):

@@ -17,15 +17,15 @@ V  vocabulary               d  size of a head        C  capacity of a slot, in t
     python -c "import model as m; print(m.outline(m.locate('Qwen/Qwen2.5-VL-3B-Instruct')))"
 """  # noqa: E501
 
-import hashlib
 import json
 import math
 import os
+import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -40,8 +40,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, written or computed with; the message says where."""
+class InputError(ValueError):
+    """Bad input. The message is one line: where, which sample, what is wrong, what to do."""
+
+
+@contextmanager
+def as_input_error(what: str, *kinds: type) -> Iterator:
+    """Raise errors of these kinds again as InputErrors that begin with `what`."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"{what}: {str(error) or repr(error)}") from error
 
 
 # ------------------------------------------------------------------------------- the packed row
@@ -71,6 +80,11 @@ class Row:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    @property
+    def next_position(self) -> int:
+        """Where a text behind the row goes on, on all three axes."""
+        return int(self.positions.max()) + 1
 
     def join(self, *others: "Row") -> "Row":
         """Rows side by side: row.join(other) or Row.join(*rows). Segments keep their prefixes, and
@@ -103,8 +117,7 @@ class Row:
         starts = accumulate(lengths, initial=len(self))
         segments = [Segment(start, length, 0) for start, length in zip(starts, lengths)]
         ids = torch.cat([self.ids, *(torch.tensor(completion) for completion in completions)])
-        next_position = self.positions.max() + 1
-        positions = [torch.arange(length).expand(3, -1) + next_position for length in lengths]
+        positions = [torch.arange(n).expand(3, -1) + self.next_position for n in lengths]
         return Row(
             ids=ids,
             positions=torch.cat([self.positions, *positions], dim=1),
@@ -159,27 +172,22 @@ class Config:
     @classmethod
     def from_json(cls, raw: dict) -> "Config":
         """raw: config.json, flat as published, nested, or nested with rope_parameters.
-        CheckpointError for another architecture, and for what does not fit together."""
+        InputError for another architecture, and for what does not fit together."""
         nested = raw.get("text_config") or {}
         text = raw | {name: value for name, value in nested.items() if value is not None}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        found = (
-            raw.get("model_type"),
-            text.get("hidden_act", "silu"),
-            bool(text.get("use_sliding_window")),
-            rope.get("rope_type", rope.get("type", "default")),
-        )
-        known = ("qwen2_5_vl", "silu", False)
-        if found not in [(*known, "default"), (*known, "mrope")]:
-            names = "model type, activation, sliding window, rope type"
-            raise CheckpointError(f"{names}: {found}, want {known}, default or mrope")
+        kind, rope_type = raw.get("model_type"), rope.get("rope_type", rope.get("type", "mrope"))
+        if kind != "qwen2_5_vl" or rope_type not in ("default", "mrope"):
+            raise InputError(f"model type {kind}, rope {rope_type}: want qwen2_5_vl and mrope")
+        if text.get("hidden_act", "silu") != "silu" or text.get("use_sliding_window"):
+            raise InputError("want the activation silu, and no sliding window")
         vision = build_config(VisionConfig, raw.get("vision_config") or {})
         tied = raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
         derived = {"vision": vision, "tie_word_embeddings": bool(tied)}
         config = build_config(cls, text | rope | derived)
         sections, size = config.mrope_section, config.head_dim
         if sum(sections) * 2 != size:
-            raise CheckpointError(f"mrope_section {sections}, head size {size}")
+            raise InputError(f"mrope_section {sections}, head size {size}")
         return config
 
 
@@ -202,10 +210,12 @@ def has_varlen(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def varlen_attention(q, k, v, ends, longest, causal=False, used=None) -> tuple[Tensor, Tensor]:
+def varlen_attention(
+    q, k, v, ends: tuple, longest: tuple, causal: bool = False, used: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of packed queries [., H, d] to packed keys and values [., K, d] in one kernel.
 
-    ends, longest: of the queries' and of the keys' sequences. used: how many keys of each count.
+    ends, longest: of the sequences, a pair: queries, keys. used: how many keys of each count.
     Returns [., H, d], and the logarithms of the softmaxes' normalisers [., H].
     """
     # Importing it takes more than a second, and only CUDA needs it.
@@ -269,14 +279,14 @@ class PackedAttention:
         outputs = []
         parts = zip(q.split(self.lengths), k.split(self.key_lengths), v.split(self.key_lengths))
         for part in parts:
-            q, k, v = (x.transpose(0, 1)[None] for x in part)  # [1, heads, tokens, d]
-            before = k.shape[2] - q.shape[2]  # tokens of the prefix
+            of_segment = [x.transpose(0, 1)[None] for x in part]  # each [1, heads, tokens, d]
+            queries, keys, _ = (x.shape[2] for x in of_segment)
             mask = None
-            if before:
-                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-                mask = mask.tril(before)
-            causal = self.causal and not before
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+            if keys > queries:  # by the tokens of the prefix
+                mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+                mask = mask.tril(keys - queries)
+            how = {"is_causal": self.causal and mask is None, "enable_gqa": True}
+            out = F.scaled_dot_product_attention(*of_segment, mask, **how)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 
@@ -432,27 +442,18 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
         self.checkpointing = False
 
-    def windows(self, grids: Sequence[Grid]) -> tuple[list[Tensor], Tensor]:
-        """The numbers of the cells in every window, and row and column of every cell [P / 4, 2]."""
-        merge = self.config.spatial_merge_size
-        edge = self.config.window_size // (self.config.patch_size * merge)  # of a window, in cells
-        windows, coords = [], []
-        before = 0
-        for _, height, width in grids:
-            rows, columns = height // merge, width // merge
-            numbers = torch.arange(before, before + rows * columns).view(rows, columns)
-            for band in numbers.split(edge, dim=0):
-                windows += [window.flatten() for window in band.split(edge, dim=1)]
-            coords.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
-            before += rows * columns
-        return windows, torch.cat(coords)
-
     def forward(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
         """pixels [P, 1176], grids of (1, rows, columns) patches -> [P / 4, D]."""
-        # 1. Put the cells of a window side by side.
+        # 1. Put the cells of a window side by side: sort them by image and window.
         merge, device = self.config.spatial_merge_size, pixels.device
-        windows, coords = self.windows(grids)
-        order = torch.cat(windows)  # [P / 4]
+        edge = self.config.window_size // (self.config.patch_size * merge)  # of a window, in cells
+        shapes = [(height // merge, width // merge) for _, height, width in grids]
+        coords = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in shapes]
+        image = torch.arange(len(grids)).repeat_interleave(torch.tensor([len(c) for c in coords]))
+        coords = torch.cat(coords)  # row and column of every cell in its image [P / 4, 2]
+        window = torch.cat([image[:, None], coords // edge], dim=1)  # of every cell [P / 4, 3]
+        _, window, sizes = window.unique(dim=0, return_inverse=True, return_counts=True)
+        order = window.argsort(stable=True)  # [P / 4]
         coords = coords[order]
         order = order.to(device)
         cells = pixels.unflatten(0, (-1, merge**2))[order]  # [P / 4, 4, 1176]
@@ -466,7 +467,7 @@ class VisionTower(nn.Module):
         angles = rotary_angles(coords.to(device), head_dim // 2, 10000.0)  # [P, 2, d / 4]
         cos, sin = rotation(angles.flatten(1))
         # 4. The blocks: attention within windows, in a few of them within whole images.
-        of_window = [len(window) * merge**2 for window in windows]  # patches
+        of_window = (sizes * merge**2).tolist()  # patches
         of_image = [rows * columns for _, rows, columns in grids]
         in_windows = PackedAttention(of_window, [None] * len(of_window), False, device)
         in_images = PackedAttention(of_image, [None] * len(of_image), False, device)
@@ -559,8 +560,8 @@ class QwenVL(nn.Module):
         supervised = row.supervised.nonzero().squeeze(1)  # [S]
         targets = row.ids[supervised].to(self.device)
         hidden = self.hidden(row).index_select(0, predictor[supervised].to(self.device))  # [S, D]
-        # 2. The head in float32, of the numbers that the sampler's head has. On CUDA, TF32 holds
-        # bfloat16 numbers exactly, so the products add up in float32 at half of bfloat16's speed.
+        # 2. The head is rounded to the compute type, as the sampler's copy is, then float32. On
+        # CUDA, TF32 holds bfloat16 numbers exactly: products add up in float32 at half its speed.
         head = self.head.to(hidden.dtype).float()
         chunk = 1024 if hidden.is_cuda else 128  # tokens
         scores = [
@@ -577,20 +578,15 @@ class QwenVL(nn.Module):
     def hidden(self, row: Row, attention: Callable | None = None) -> Tensor:
         """Final hidden states [T, D] of a packed row, by the row's own attention unless another one
         is given."""
-        if attention is None:
-            attention = PackedAttention.of_row(row, self.device)
-        with self._autocast():
+        attention = attention or PackedAttention.of_row(row, self.device)
+        # Float32 weights may compute in another type. (If sharded, FSDP sees to that itself.)
+        mixed = not self.sharded and self.compute not in (None, self.head.dtype)
+        with torch.autocast(self.device.type, self.compute, mixed, cache_enabled=False):
             x = self.embed(row)
             cos, sin = self.rope(row.positions.to(self.device))
             for layer in self.model.layers:
                 x = recomputed(self.checkpointing, layer, x, cos, sin, attention)
             return self.model.norm(x)
-
-    def _autocast(self):
-        """The context in which float32 weights compute in another type; FSDP does that itself."""
-        if self.sharded or self.compute in (None, self.head.dtype):
-            return nullcontext()
-        return torch.autocast(self.device.type, self.compute, cache_enabled=False)
 
     def embed(self, row: Row) -> Tensor:
         """Token embeddings [T, D], with the image tokens replaced by what the vision tower saw."""
@@ -628,22 +624,14 @@ class QwenVL(nn.Module):
 
 @dataclass(eq=False)
 class Completion:
-    """One sampled output."""
+    """One sampled output; a branch of its prompt, while it grows."""
 
     ids: list[int]  # with the stop token, when finished
-    scores: list[list[float]]  # of every token: log-probability and, if asked for, P(harmful)
+    logprobs: list[float]  # of every token, at the sampling temperature and before top-p
+    p_harmful: list[float] = field(default_factory=list)  # where each was drawn, if asked for
+    random: Callable[[], float] | None = None  # its own uniform numbers
     running: bool = True
     finished: bool = False  # False also if cut off at max_new_tokens
-
-    @property
-    def logprobs(self) -> Tensor:
-        """[len(ids)] float32, at the sampling temperature and before top-p."""
-        return torch.tensor([logprob for logprob, *_ in self.scores])
-
-    @property
-    def p_harmful(self) -> Tensor:
-        """[len(ids)] where each token was drawn; only if `generate` was given the two words."""
-        return torch.tensor([p for _, p in self.scores])
 
 
 @dataclass(eq=False)
@@ -652,16 +640,8 @@ class Prompt:
 
     key: int  # the caller's name of it
     length: int  # tokens
-    next_position: int  # of its completions' first tokens; text has one number for all three
+    next_position: int  # of its completions' first tokens
     completions: list[Completion]  # [n]
-
-
-class Branch(NamedTuple):
-    """A completion while it grows."""
-
-    prompt: Prompt
-    completion: Completion
-    random: Tensor  # [max_new_tokens] uniform numbers, on the CPU
 
 
 NUCLEUS_TOKENS = 1024  # top-p looks at so many of the likeliest tokens: sorting all costs much more
@@ -682,8 +662,7 @@ def generate(
     banned: Sequence[int] = (),  # ids that are never drawn
     seed: int = 0,
     max_branches: int = 256,  # completions that run at a time, at least those of one prompt
-    words: tuple[int, int] | None = None,  # ids of "harmful", "unharmful": P(harmful) of the two
-    cache_tokens: int | None = None,  # in both caches; None: what fits a GPU's free memory
+    words: tuple[int, int] | None = None,  # first ids of "harmful", "unharmful": P(harmful) of them
     watch: Callable[[list[int]], None] | None = None,  # called with all new tokens of a step
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Sample n completions of every prompt; yields (key, completions) as prompts finish.
@@ -691,10 +670,10 @@ def generate(
     Every completion counts at its longest in the caches; a prompt that does not fit runs alone.
     Random numbers are those of (seed, key, number of the completion): what a prompt gets does not
     depend on its neighbours, on batching or on the number of ranks (on CUDA in distribution only:
-    kernels choose by shape, last bits differ, and then tokens). CheckpointError if logits are not
+    kernels choose by shape, last bits differ, and then tokens). InputError if logits are not
     finite.
     """
-    batch = DecodeBatch(model, prompts, n, max_new_tokens, seed, max_branches, cache_tokens)
+    batch = DecodeBatch(model, prompts, n, max_new_tokens, seed, max_branches)
     while True:
         # 1. Drop branches that have ended; new prompts take their room.
         batch.drop_ended()
@@ -735,14 +714,6 @@ def sample_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.where(impossible, probs.argmax(-1, keepdim=True), token).squeeze(1)
 
 
-def random_stream(seed: int, key: int, branch: int, length: int) -> Tensor:
-    """The uniform numbers [length] of one branch of one prompt, from its three names alone."""
-    name = f"{seed} {key} {branch}".encode()
-    digest = hashlib.blake2b(name, digest_size=4).digest()  # torch seeds with 32 bits
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    return torch.rand(length, generator=generator)
-
-
 class DecodeBatch:
     """B branches of N prompts, sorted by prompt. Each prompt's keys and values exist once; each
     branch adds those of its own tokens. With two branches of one prompt and one of another:
@@ -756,16 +727,16 @@ class DecodeBatch:
     else is known to the host. A branch that has ended repeats its last step until it is dropped.
     """
 
-    def __init__(self, model: QwenVL, prompts, n, max_new_tokens, seed, max_branches, cache_tokens):
+    def __init__(self, model: QwenVL, prompts, n, max_new_tokens, seed, max_branches):
         """The arguments are those of `generate`."""
         self.model, self.n, self.max_new_tokens, self.seed = model, n, max_new_tokens, seed
         self.max_branches = max_branches
         self.head = model.head.float()  # as in QwenVL.forward
-        self.cache_tokens = cache_tokens or free_cache_tokens(model)
+        self.cache_tokens = free_cache_tokens(model)  # of both caches
         self.queue = iter(prompts)
         self.upcoming = next(self.queue, None)  # the first (key, row) that is not in the batch yet
         self.prompts: list[Prompt] = []
-        self.branches: list[Branch] = []
+        self.branches: list[tuple[Prompt, Completion]] = []
         self.hidden: Tensor | None = None  # [B, D] of the newest tokens: the next are drawn from it
         self.prompt_cache, self.own_cache = KVCache(model), KVCache(model)
 
@@ -781,64 +752,57 @@ class DecodeBatch:
     def drop_ended(self) -> None:
         """Drop branches that have ended, and prompts of which none is left. That copies the caches,
         so it waits until they are many."""
-        kept = [i for i, branch in enumerate(self.branches) if branch.completion.running]
+        kept = [i for i, (_, completion) in enumerate(self.branches) if completion.running]
         if not self.branches or len(kept) > (1 - ENDED_SHARE) * len(self.branches):
             return
         self.hidden = self.hidden[torch.tensor(kept, dtype=torch.long, device=self.model.device)]
         self.branches = [self.branches[i] for i in kept]
-        unanswered = {branch.prompt for branch in self.branches}
+        unanswered = {prompt for prompt, _ in self.branches}
         kept_prompts = [i for i, prompt in enumerate(self.prompts) if prompt in unanswered]
         self.prompts = [self.prompts[i] for i in kept_prompts]
         self.fit_caches(kept_prompts, kept)
 
     def add_prompts(self) -> None:
         """Take as many prompts as there is room for, in their order, and encode some at a time."""
-        rows = []
         while self.upcoming and self.has_room():
-            key, row = self.upcoming
-            completions = [Completion([], []) for _ in range(self.n)]
-            prompt = Prompt(key, len(row), int(row.positions[0, -1]) + 1, completions)
-            self.prompts.append(prompt)
-            for i, completion in enumerate(completions):
-                random = random_stream(self.seed, key, i, self.max_new_tokens)
-                self.branches.append(Branch(prompt, completion, random))
-            rows.append(row)
-            self.upcoming = next(self.queue, None)
-            if sum(map(len, rows)) >= PREFILL_TOKENS:
-                self.prefill(rows)
-                rows = []
-        if rows:
+            rows = []
+            while self.upcoming and self.has_room() and sum(map(len, rows)) < PREFILL_TOKENS:
+                key, row = self.upcoming
+                streams = [random.Random(f"{self.seed} {key} {i}").random for i in range(self.n)]
+                completions = [Completion([], [], random=stream) for stream in streams]
+                prompt = Prompt(key, len(row), row.next_position, completions)
+                self.prompts.append(prompt)
+                self.branches += [(prompt, completion) for completion in completions]
+                rows.append(row)
+                self.upcoming = next(self.queue, None)
             self.prefill(rows)
 
-    def fit_caches(self, kept_prompts: Sequence[int], kept_branches: Sequence[int]) -> None:
-        """A slot for every prompt and every branch; the first are those of before that are kept."""
+    def fit_caches(self, old_prompts: Sequence[int], old_branches: Sequence[int]) -> None:
+        """A slot for every prompt and every branch: first these old slots, in order, then empty
+        ones, for the new prompts and branches at the ends of the lists."""
         lengths = [prompt.length for prompt in self.prompts]
-        queries = Counter(branch.prompt for branch in self.branches)
-        self.prompt_cache.resize(kept_prompts, list(queries.values()), max(lengths, default=0))
+        queries = Counter(prompt for prompt, _ in self.branches)
+        self.prompt_cache.resize(old_prompts, list(queries.values()), max(lengths, default=0))
         self.prompt_cache.set_lengths(lengths)
         count = len(self.branches)
-        self.own_cache.resize(kept_branches, [1] * count, self.own_cache.capacity)
+        self.own_cache.resize(old_branches, [1] * count, self.own_cache.capacity)
         self.slots = torch.arange(count, device=self.model.device)
 
     def prefill(self, rows: list[Row]) -> None:
         """Encode the newest prompts, whose rows these are, so that their branches can start."""
         # 1. One forward pass over all rows, packed, whose keys and values go to the cache.
         row, device = Row.join(*rows), self.model.device
+        lengths, first = [len(row) for row in rows], len(self.prompts) - len(rows)
+        self.fit_caches(range(first), range(len(self.branches) - self.n * len(rows)))
         packed_attention = PackedAttention.of_row(row, device)
-        new_layers = []
 
         def recording(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-            new_layers.append(torch.stack([k, v]))  # [2, T, K, d]
+            slots = self.prompt_cache.layers[layer][:, first:].unbind(1)  # each [2, C, K, d]
+            for slot, new in zip(slots, torch.stack([k, v]).split(lengths, dim=1)):
+                slot[:, : new.shape[1]] = new
             return packed_attention(q, k, v)
 
         hidden = self.model.hidden(row, recording)  # [T, D]
-        branches_before = len(self.branches) - self.n * len(rows)
-        self.fit_caches(range(len(self.prompts) - len(rows)), range(branches_before))
-        lengths = [len(row) for row in rows]
-        for layer, new in zip(self.prompt_cache.layers, new_layers):
-            slots = layer[:, -len(rows) :].unbind(1)  # of each new prompt [2, C, K, d]
-            for slot, keys_values in zip(slots, new.split(lengths, dim=1)):
-                slot[:, : keys_values.shape[1]] = keys_values
         # 2. Branches start at the prompts' last tokens.
         last = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(self.n)  # [new branches]
         hidden = hidden[last.to(device)]
@@ -859,9 +823,8 @@ class DecodeBatch:
             probs = logprobs.exp()
             if top_p < 1:
                 probs = nucleus(probs, top_p)
-            last = self.max_new_tokens - 1  # where branches that have ended may stay
-            numbers = [b.random[min(len(b.completion.ids), last)] for b in self.branches]
-            uniform = torch.stack(numbers).to(logits.device, non_blocking=True)
+            uniform = torch.tensor([completion.random() for _, completion in self.branches])
+            uniform = uniform.to(logits.device, non_blocking=True)
             token = sample_tokens(probs, uniform)
         chosen = logprobs.gather(1, token[:, None]).squeeze(1)
         # One tensor, so that the host waits once for the device; float32 holds every token id.
@@ -869,14 +832,15 @@ class DecodeBatch:
 
     def record(self, drawn: list[list[float]], stop_ids) -> Iterator[Prompt]:
         """Note the new token of every branch; yields the prompts whose last branch ends with it."""
-        for (prompt, completion, _), (token, *scores) in zip(self.branches, drawn):
+        for (prompt, completion), (token, logprob, *p_harmful) in zip(self.branches, drawn):
             if not completion.running:
                 continue
-            if not math.isfinite(scores[0]):
+            if not math.isfinite(logprob):
                 place = f"prompt {prompt.key}: after {len(completion.ids)} tokens"
-                raise CheckpointError(f"{place} the model's logits are no numbers")
+                raise InputError(f"{place} the model's logits are no numbers")
             completion.ids.append(int(token))
-            completion.scores.append(scores)
+            completion.logprobs.append(logprob)
+            completion.p_harmful += p_harmful
             completion.finished = completion.ids[-1] in stop_ids
             if completion.finished or len(completion.ids) == self.max_new_tokens:
                 completion.running = False
@@ -885,14 +849,14 @@ class DecodeBatch:
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
-        model, lengths = self.model, [len(branch.completion.ids) for branch in self.branches]
+        model, lengths = self.model, [len(completion.ids) for _, completion in self.branches]
         if max(lengths) > self.own_cache.capacity:
             capacity = min(max(64, 2 * max(lengths)), self.max_new_tokens)
             self.own_cache.resize(range(len(lengths)), [1] * len(lengths), capacity)
         self.own_cache.set_lengths(lengths)
         newest = [
             (completion.ids[-1], len(completion.ids) - 1, prompt.next_position)
-            for prompt, completion, _ in self.branches
+            for prompt, completion in self.branches
         ]
         # The host has just waited for the device, so this copy waits for nothing.
         newest = torch.tensor(newest).to(model.device, non_blocking=True)
@@ -1012,59 +976,51 @@ class KVCache:
 
 def locate(name: str) -> Path:
     """The folder: `name` itself, or the snapshot of a hub id (downloaded if missing)."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise CheckpointError(f"{name}: no such checkpoint directory")
+    if Path(name).is_dir():
+        return Path(name)
     from huggingface_hub import snapshot_download
 
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    reason = "no such checkpoint directory, nor a hub id that can be fetched"
+    with as_input_error(f"{name}: {reason}", OSError, ValueError):
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = "neither a directory nor a hub id that can be fetched"
-        raise CheckpointError(f"{name}: {reason}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a directory's *.safetensors under their published names, mapped, not read into
-    memory. CheckpointError if it is not certain which weights are meant."""
+    memory. InputError if it is not certain which weights are meant."""
     if any(folder.glob("adapter_*")):
-        raise CheckpointError(f"{folder}: holds an adapter (LoRA); merge it into the weights first")
+        raise InputError(f"{folder}: holds an adapter (LoRA); merge it into the weights first")
     tensors, files = {}, sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: holds no weights (*.safetensors)")
+        raise InputError(f"{folder}: holds no weights (*.safetensors)")
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    published = name.replace("model.visual.", "visual.")
-                    published = published.replace("model.language_model.", "model.")
-                    if published in tensors:
-                        raise CheckpointError(f"{path}: {name} is in another file, too; remove one")
-                    tensors[published] = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        problem = as_input_error(f"{path}: cannot be read", SafetensorError, OSError)
+        with problem, safe_open(path, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # mapped
+        for name, tensor in stored.items():
+            name = name.replace("model.visual.", "visual.")
+            name = name.replace("model.language_model.", "model.")
+            if name in tensors:
+                raise InputError(f"{path}: {name} is in another file, too; remove one of them")
+            tensors[name] = tensor
     return tensors
 
 
 def outline(folder: Path) -> QwenVL:
     """The model of a checkpoint directory without its weights: shapes only, on the meta device.
-    CheckpointError if config.json is missing or does not fit."""
+    InputError if config.json is missing or does not fit."""
     path = folder / "config.json"
-    try:
-        with torch.device("meta"):
-            return QwenVL(Config.from_json(json.loads(path.read_text("utf-8"))))
-    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: missing, or does not fit ({error})") from error
+    kinds = OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError
+    with as_input_error(f"{path}: missing, or does not fit", *kinds), torch.device("meta"):
+        return QwenVL(Config.from_json(json.loads(path.read_text("utf-8"))))
 
 
 def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> QwenVL:
     """A model from a checkpoint directory or hub id; dtype None keeps the stored one.
 
     The files are mapped: what needs neither conversion nor a move stays there, and beside the
-    mapping one tensor at a time is held twice. CheckpointError names the first tensors that are
+    mapping one tensor at a time is held twice. InputError names the first tensors that are
     missing, unexpected or misshapen.
     """
     folder = locate(name)
@@ -1074,30 +1030,24 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | Non
         head, embeddings = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embeddings is None or not torch.equal(head, embeddings):
             problem = "lm_head.weight is not the embeddings, as tie_word_embeddings says"
-            raise CheckpointError(f"{folder}: {problem}; set that to false in config.json")
+            raise InputError(f"{folder}: {problem}; set that to false in config.json")
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: {shorten(str(error), 400)}") from error
+        raise InputError(f"{folder}: {shorten(str(error), 400)}") from error
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device).to(dtype or parameter.dtype)  # converted there
     return model
 
 
-def save(
-    model: QwenVL,
-    folder: str | Path,
-    source: str | Path,
-    dtype: torch.dtype | None = None,
-    files: dict[str, str] | None = None,
-) -> None:
+def save(model: QwenVL, folder, source, dtype: torch.dtype | None = None, files=None) -> None:
     """Write a checkpoint directory in published names. Its other files come from the checkpoint
-    `source`, or are given as {name: text} in `files`.
+    `source`, or are given as {name: text} in `files`. dtype None keeps the model's.
 
-    dtype None keeps the model's. Sharded models are gathered, so every rank must call; rank 0
-    writes. The weights appear under their final name last.
+    Sharded models are gathered, so every rank must call; rank 0 writes. The weights appear under
+    their final name last.
     """
-    folder, source = Path(folder), locate(str(source))
+    folder, source, files = Path(folder), locate(str(source)), files or {}
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     state = {}
     for name, whole in whole_parameters(model):  # collective
@@ -1106,22 +1056,26 @@ def save(
     if not writes:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    left = {"run.json", "model.safetensors.index.json"}
+    if "preprocessor_config.json" in files:
+        left.add("processor_config.json")  # which holds the same settings as they were
     for file in source.iterdir():
-        of_a_run = file.name == "run.json" or file.name.endswith(".index.json")
-        if file.suffix in (".json", ".txt", ".jinja") and not of_a_run and source != folder:
+        if (
+            file.suffix in (".json", ".txt", ".jinja")
+            and file.name not in left
+            and source != folder
+        ):
             shutil.copyfile(file, folder / file.name)
     config = json.loads((source / "config.json").read_text("utf-8"))
     stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
         part |= {name: stored for name in ("torch_dtype", "dtype") if name in part}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    for name, text in (files or {}).items():
+    for name, text in files.items():
         (folder / name).write_text(text, "utf-8")
     final, partial = folder / "model.safetensors", folder / "model.safetensors.partial"
-    try:
+    with as_input_error(f"{final}: cannot be written", SafetensorError):
         save_file(state, partial, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise CheckpointError(f"{final}: the weights cannot be written ({error})") from error
     shutil.copymode(folder / "config.json", partial)  # save_file lets nobody else read them
     os.replace(partial, final)
 
@@ -1161,21 +1115,29 @@ class Ranks:
 
 def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
     """Read torchrun's environment, choose device and type, join the group, and say once what is
-    used. OSError if something of that cannot be."""
+    used. On CUDA a process has the GPU of its number on its machine; "auto" is the accelerator that
+    torch finds, else the CPU. InputError if something of that cannot be used."""
     rank, world, local_rank = 0, 1, 0
     if torch.distributed.is_torchelastic_launched():
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         rank, world, local_rank = (int(os.environ[name]) for name in names)
     # Segments that grow fit caches that do. This must be said before CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    device = choose_device(device_name, local_rank)
-    on_cuda = device.type == "cuda"
+    if device_name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device_name = found.type if found else "cpu"
+    on_cuda = device_name == "cuda"
+    with as_input_error(f"device {device_name} cannot be used", RuntimeError, AssertionError):
+        device = torch.device("cuda", local_rank) if on_cuda else torch.device(device_name)
+        if on_cuda:
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()  # says why, if it cannot be used
     # From compute capability 8.0 (A100, RTX 30) on, variable-length attention has its kernels.
     recent = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     if dtype_name == "auto":
         dtype_name = "bfloat16" if recent else "float32"
     if dtype_name == "bfloat16" and on_cuda and not recent:
-        raise OSError("--dtype bfloat16: this card has no kernels for it; use float32")
+        raise InputError("--dtype bfloat16: this card has no kernels for it; use float32")
     if on_cuda:
         # cuDNN's attention builds a graph for every new shape, and packed rows hardly repeat one.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1194,23 +1156,6 @@ def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
         if torch.version.cuda and not torch.cuda.is_available():
             print(f"torch is built for CUDA {torch.version.cuda}, but finds no GPU that it can use")
     return Ranks(rank, world, device, getattr(torch, dtype_name))
-
-
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device of this process, on CUDA the GPU of its number on its machine. "auto" is CUDA,
-    else MPS, else CPU. OSError if it cannot be used."""
-    if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    try:
-        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()  # says why, if it cannot be used
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"device {name} cannot be used here: {reason}") from error
-    return device
 
 
 def shard(model: QwenVL, ranks: Ranks) -> QwenVL:

@@ -309,7 +309,7 @@ class Run:
     checkpoints/    step-N, the state after step N, by all ranks: the last two
     """
 
-    # Flags that change nothing but roundings, and files, which the fingerprint knows by content.
+    # Flags that change when and where, and roundings; and files, which the fingerprint knows.
     may_change = {"out", "steps", "fresh", "save_every", "eval_every", "device", "pack_tokens"}
     may_change |= {"max_branches", "checkpointing", "model", "data", "validation", "instruction"}
     logs = ("metrics.jsonl", "rollouts.jsonl")
@@ -355,13 +355,13 @@ class Run:
         moments = {n: optimizer.state[p] for n, p in model.named_parameters() if p.requires_grad}
         self.state = {"model": parameters, "optimizer": moments}
         folders = sorted(self.checkpoints.glob("step-*[0-9]")) if self.ranks.rank == 0 else []
-        for last in self.ranks.gather(folders[-1:]):
-            self.done = int(last.name.removeprefix("step-"))
+        if newest := self.ranks.gather(folders[-1:]):
+            self.done = int(newest[0].name.removeprefix("step-"))
             try:
-                dcp.load(self.state, checkpoint_id=last)
+                dcp.load(self.state, checkpoint_id=newest[0])
             except dcp.CheckpointException as error:
                 advice = "remove that folder to go on from the one before, or use --fresh"
-                raise InputError(f"{last}: damaged; {advice}") from error
+                raise InputError(f"{newest[0]}: damaged; {advice}") from error
         if self.ranks.rank == 0:
             for folder in self.checkpoints.glob("*.partial"):
                 shutil.rmtree(folder)
@@ -376,7 +376,11 @@ class Run:
         """Write the full state after `step` steps. Once it is whole on all ranks it has its final
         name, and all but the last two checkpoints are removed."""
         partial_folder = self.checkpoints / f"step-{step:06d}.partial"
-        dcp.save(self.state, checkpoint_id=partial_folder)
+        try:
+            dcp.save(self.state, checkpoint_id=partial_folder)
+        except dcp.CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise InputError(f"{partial_folder}: cannot be written: {cause}") from error
         if self.ranks.rank == 0:
             (self.folder / "model.safetensors").unlink(missing_ok=True)  # of an earlier step
             partial_folder.rename(partial_folder.with_suffix(""))

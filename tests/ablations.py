@@ -42,7 +42,7 @@ import claims  # these need the repository, which is importable only from here o
 import draw
 import toy
 
-from data import InputError, changed, lock, read_json, read_records, read_text, write_atomic
+from data import InputError, changed, lock, read_json, read_records, write_atomic
 
 FORKS = ROOT / "tests" / "forks"
 SLOTS = 2  # stages that run side by side
@@ -206,7 +206,7 @@ def digest(value: dict | list) -> str:
 def code_digest(sources: Path) -> str:
     """Of the Python files in a folder, toy.py and rft.py, as they were when first asked for."""
     files = [*sorted(sources.glob("*.py")), *(ROOT / "tests" / f for f in ("toy.py", "rft.py"))]
-    return digest([read_text(file) for file in files])
+    return digest([file.read_text() for file in files])
 
 
 def forked(name: str, folder: Path) -> Path:
@@ -409,7 +409,7 @@ def write_tables(out: Path, results: dict[int, claims.Result], variants: list[Va
     compared = [line for line in lines if claims.difference(results, line, "f1")]
     if compared:
         write_atomic(out / "differences.png", draw.differences(results, compared))
-    print(f"\n{read_text(out / 'tables.md')}\nwritten: {out / 'tables.md'}")
+    print(f"\n{(out / 'tables.md').read_text()}\nwritten: {out / 'tables.md'}")
 
 
 def main() -> None:

@@ -40,7 +40,9 @@ PANELS = (
     Panel("Tokens per second", ("trained_tokens_per_second", "sampled_tokens_per_second")),
 )
 README_PANELS = tuple(Panel(name, (name,)) for name in ("reward", "val_f1", "tokens"))
-DIFFERENCES = {"f1": "F1 x 100", "mean_tokens": "tokens per output"}  # metrics, and their titles
+# Metrics, and their titles.
+DIFFERENCES = {"f1": "F1 x 100", "balanced": "balanced accuracy of the request, %"}
+DIFFERENCES |= {"mean_tokens": "tokens per output"}
 
 
 def new_figure(width: float, height: float):
@@ -86,8 +88,8 @@ def differences(results: dict[int, claims.Result], lines: list[claims.Line]) -> 
     seeds, the variants of one claim in one colour. lines: only such as can be compared."""
     claimed, points = list(dict.fromkeys(line.claim for line in lines)), {}
     figure = new_figure(11, 1.6 + 0.3 * len(lines))
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, (metric, title) in zip((left, right), DIFFERENCES.items()):
+    panels = figure.subplots(1, len(DIFFERENCES), sharey=True)
+    for axes, (metric, title) in zip(panels, DIFFERENCES.items()):
         for y, line in enumerate(lines):
             mean, half_width = claims.difference(results, line, metric)
             look = {"fmt": "o", "capsize": 3, "color": f"C{claimed.index(line.claim) % 10}"}
@@ -95,8 +97,8 @@ def differences(results: dict[int, claims.Result], lines: list[claims.Line]) -> 
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.25)
-    left.set_yticks(range(len(lines)), [f"{line.variant} - {line.against}" for line in lines])
-    left.invert_yaxis()
+    panels[0].set_yticks(range(len(lines)), [f"{line.variant} - {line.against}" for line in lines])
+    panels[0].invert_yaxis()
     figure.legend(points.values(), points.keys(), loc="outside lower center", ncols=2, fontsize=8)
     return png(figure)
 

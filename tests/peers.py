@@ -1,16 +1,13 @@
-"""The two sides of the benchmark: the same random weights, prompts and pictures for our code and for its peers,
-transformers and, where it is importable, TRL (measured: 1.16.0, datasets 5.2.0, accelerate 1.15.0).
-"""
+"""The two sides of the benchmark: the same random weights, prompts and pictures for our code and for transformers."""
 
 import gc
 import json
 import os
 import random
 import re
-import statistics
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import grpo
 import model as qwen
@@ -31,30 +29,24 @@ SHAPES = {"short": (300, 224, 224), "guard": (1200, 868, 896)}  # tokens, height
 FOLDER = Path(os.environ.get("BENCHMARK_FOLDER", "."))  # of the checkpoints and pictures
 
 
-def sizes(language: tuple[int, ...], vision: tuple[int, ...]) -> dict:
-    """Fields of config.json: layers, hidden and inner size, heads; of the language also the words."""
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    found = dict(zip((*names, "vocab_size"), language)) | {"rope_theta": 1e6}
-    half = found["hidden_size"] // found["num_attention_heads"] // 2
-    sections = [half // 4, half * 3 // 8, half * 3 // 8]
-    found["rope_scaling"] = {"type": "mrope", "mrope_section": sections}
-    full = min(8, vision[0] // 2)  # every so many blocks of the tower attend to the whole image
-    kinds = dict(zip(("depth", "hidden_size", "intermediate_size", "num_heads"), vision))
-    kinds["fullatt_block_indexes"] = list(range(full - 1, vision[0], full))
-    return found | {"vision_config": kinds}
+def sizes(language: tuple, vision: tuple) -> dict:
+    """Fields of config.json: layers, hidden and inner size, heads; then of the language its words and the frequencies
+    of time, row and column, of the tower the blocks that attend to the whole image."""
+    names = ("hidden_size", "intermediate_size")
+    *common, words, sections = language
+    fields = dict(zip(("num_hidden_layers", *names, "num_attention_heads"), common))
+    fields |= {"vocab_size": words, "rope_theta": 1e6}
+    fields["rope_scaling"] = {"type": "mrope", "mrope_section": sections}
+    tower = ("depth", *names, "num_heads", "fullatt_block_indexes")
+    return fields | {"vision_config": dict(zip(tower, vision))}
 
 
 SIZES = {
-    "tiny": sizes((4, 256, 1376, 4, 4096), (4, 128, 342, 4)),
-    "mid": sizes((24, 896, 4864, 14, 151936), (8, 1280, 3420, 16)),
-    "3b": sizes((36, 2048, 11008, 16, 151936), (32, 1280, 3420, 16)),
+    "tiny": sizes((4, 256, 1376, 4, 4096, [8, 12, 12]), (4, 128, 342, 4, [1, 3])),
+    "mid": sizes((24, 896, 4864, 14, 151936, [8, 12, 12]), (8, 1280, 3420, 16, [3, 7])),
+    "3b": sizes((36, 2048, 11008, 16, 151936, [16, 24, 24]), (32, 1280, 3420, 16, [7, 15, 23, 31])),
 }
 DTYPES = {"tiny": torch.float32, "mid": torch.bfloat16}
-
-
-def check(same: bool, what: str) -> None:
-    if not same:
-        raise AssertionError(f"the two sides do not do the same work: {what}")
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -99,24 +91,19 @@ def their_model(name: str):
 
 
 def write_3b() -> Path:
-    """A checkpoint of the 3B model's shape in four files: one random block, repeated."""
-    folder = toy.build_checkpoint(FOLDER / "3b", num_hidden_layers=1)  # for the small files
-    (folder / "model.safetensors").unlink()
-    sizes = SIZES["3b"] | {"torch_dtype": "bfloat16"}
-    config = toy.checkpoint_config(Encoder(str(folder)).tokenizer.get_vocab(), sizes)
+    """Configuration and weights of the 3B model's shape, in four files: one random block, repeated."""
+    folder = FOLDER / "3b"
+    folder.mkdir()
+    config = toy.checkpoint_config(dict.fromkeys(toy.ADDED, 0), SIZES["3b"])
     (folder / "config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        model = QwenVL(qwen.Config.from_json(config))
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    block, file_of = (torch.randn(1 << 20) * 0.02).bfloat16(), {}
+    parameters = dict(qwen.outline(folder).named_parameters())
+    block = (torch.randn(1 << 20) * 0.02).bfloat16()
     for i in range(4):
-        file, tensors = f"model-{i + 1:05}-of-00004.safetensors", {}
-        for name in list(shapes)[i::4]:
-            size = shapes[name].numel()
-            tensors[name] = block.repeat((size >> 20) + 1)[:size].view(shapes[name])
-            file_of[name] = file
-        save_file(tensors, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+        tensors = {}
+        for name in list(parameters)[i::4]:
+            size = parameters[name].numel()
+            tensors[name] = block.repeat((size >> 20) + 1)[:size].view_as(parameters[name])
+        save_file(tensors, folder / f"model-{i}.safetensors")
     os.sync()
     return folder
 
@@ -130,30 +117,21 @@ def their_processor(name: str):
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(build(name), padding_side="left")
-    return Stills(their_image_processor(build(name)), tokenizer, toy.TEMPLATE)
-
-
-def their_image_processor(folder: Path, **how):
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    return Qwen2VLImageProcessorPil.from_pretrained(folder, **how)
-
-
-def messages(sample: Sample, encoder: Encoder) -> list[dict]:
-    """The exchange as a chat for transformers, the image as a placeholder."""
-    texts = [{"type": "text", "text": text} for text in user_text(sample)]
-    content = [texts[0], {"type": "image"}, *texts[1:]] if sample.image else texts
-    instruction = {"role": "system", "content": [{"type": "text", "text": encoder.instruction}]}
-    return [instruction, {"role": "user", "content": content}]
+    return Stills(Qwen2VLImageProcessorPil.from_pretrained(build(name)), tokenizer, toy.TEMPLATE)
 
 
 def their_inputs(name: str, samples: list[Sample], encoder: Encoder) -> dict[str, Tensor]:
     """A left-padded batch, from the files on."""
     processor = their_processor(name)
-    chats = [messages(sample, encoder) for sample in samples]
+    system = {"role": "system", "content": [{"type": "text", "text": encoder.instruction}]}
+    chats = []
+    for sample in samples:
+        content = [{"type": "text", "text": text} for text in user_text(sample)]
+        content.insert(1, {"type": "image"})
+        chats.append([system, {"role": "user", "content": content}])
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    images = [Image.open(s.image_path).convert("RGB") for s in samples if s.image]
-    return dict(processor(text=texts, images=images or None, padding=True, return_tensors="pt"))
+    images = [Image.open(sample.image_path).convert("RGB") for sample in samples]
+    return dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:
@@ -173,9 +151,7 @@ def short_words(encoder: Encoder) -> list[str]:
     return [word for word in words if encoder.count(" " + word) == 1]
 
 
-def make_sample(
-    encoder: Encoder, tokens: int, height: int, width: int, seed: int = 0, answer: int = 0
-) -> Sample:
+def make_sample(encoder: Encoder, tokens: int, height: int, width: int, seed=0, answer=0) -> Sample:
     """An exchange whose prompt (with `answer` words of reasoning: whose example) has so many tokens, if it can be
     that short; one with height 0 has no image."""
     rng, image = random.Random(seed), f"{height}x{width}-{seed}.png" if height else None
@@ -184,37 +160,16 @@ def make_sample(
         picture(seed, height, width).save(FOLDER / image)
     reasoning = " ".join(["1.", *rng.choices(words, k=answer)]) if answer else None
     known = {"request_label": "harmful", "reasoning": reasoning, "folder": FOLDER}
+    sample = Sample(str(seed), "benchmark", "May", image, **known)
     encode = encoder.example if answer else encoder.prompt
-
-    def made(extra: int) -> Sample:
-        request = " ".join(["May", *rng.choices(words, k=extra)])
-        return Sample(str(seed), "benchmark", request, image, **known)
-
-    sample = made(max(0, tokens - len(encode(made(0)))))
-    length = len(encode(sample))
-    check(length == tokens or sample.request == "May", f"{length} tokens, not {tokens}")
+    missing = max(0, tokens - len(encode(sample)))
+    sample = replace(sample, request=" ".join(["May", *rng.choices(words, k=missing)]))
+    assert not missing or len(encode(sample)) == tokens, f"{sample} has not {tokens} tokens"
     return sample
-
-
-def choose_stops(said: list[list[int]], limit: int) -> list[int]:
-    """Stop tokens under which outputs that say this end at widely different lengths, at a quarter of the limit in
-    the mean: the best of many random sets."""
-    rng, tokens = random.Random(0), sorted({token for ids in said for token in ids})
-    sets = []
-    for _ in range(200):
-        size = min(len(tokens), rng.choice((4, 8, 16, 32, 64, 128)))
-        sets.append(sorted(set(rng.sample(tokens, size))))
-    mean = lambda stops: statistics.mean(length_of(ids, stops) for ids in said)
-    return min(sets, key=lambda stops: (abs(mean(stops) - limit / 4), stops))
-
-
-def length_of(ids: list[int], stops) -> int:
-    return next((n for n, token in enumerate(ids, 1) if token in stops), len(ids))
 
 
 def forward_flops(model: QwenVL, row: Row) -> float:
     """Multiplications and additions with the weights (not those of attention itself) of one forward."""
-
     size = lambda module: sum(p.numel() for p in module.parameters() if p.dim() > 1)
     vision = (size(model.visual.blocks) + size(model.visual.merger) / 4) * len(row.pixels)
     decoder = size(model.model.layers) * len(row)
@@ -226,19 +181,16 @@ def our_update(model: QwenVL, row: Row, completions: list, advantages: Tensor) -
     packed = row.extend(completions)
     spread = advantages.repeat_interleave(torch.tensor([len(c) for c in completions]))
 
-    def run() -> float:
+    def run() -> None:
         model.zero_grad(set_to_none=True)
         new, _ = model(packed)
-        loss = grpo.policy_loss(new, new.detach(), spread, 0.2)[0] / len(spread)
-        loss.backward()
-        return loss.item()
+        loss, _ = grpo.policy_loss(new, new.detach(), spread, 0.2)
+        (loss / len(spread)).backward()
 
     return run
 
 
-def their_update(
-    model, inputs: dict, completions: list, advantages: Tensor, micro: int
-) -> Callable:
+def their_update(model, inputs, completions: list, advantages: Tensor, micro: int) -> Callable:
     """The same on `micro` padded copies of prompt and completion at a time, alike in length, with logits for the
     completions only."""
     order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
@@ -263,74 +215,20 @@ def their_update(
         ratio, weight = (new - new.detach()).exp(), advantages[part, None]
         return -(torch.minimum(ratio * weight, ratio.clamp(0.8, 1.2) * weight) * mask).sum()
 
-    def run() -> float:
+    def run() -> None:
         model.zero_grad(set_to_none=True)
-        summed = 0.0
         for part in parts:
-            loss = part_loss(part) / sum(map(len, completions))
-            loss.backward()
-            summed += loss.item()
-        return summed
+            (part_loss(part) / sum(map(len, completions))).backward()
 
     return run
 
 
-def group_of_16(side: str) -> tuple:
-    """A side's model, the guard prompt for it, 16 completions of random tokens, their advantages."""
+def group_of_16() -> tuple:
+    """Both sides' model with the guard prompt for it; 16 completions of random tokens, their advantages."""
     (mine, encoder), rng = our_side("tiny"), torch.Generator().manual_seed(0)
     sample = make_sample(encoder, *SHAPES["guard"])
     lengths = torch.linspace(50, 250, 16).long()[torch.randperm(16, generator=rng)].tolist()
     completions = [torch.randint(1000, 4096, (n,), generator=rng).tolist() for n in lengths]
     advantages = torch.randn(16, generator=rng)
-    if side == "ours":
-        return mine, encoder.prompt(sample), completions, advantages
-    return their_model("tiny"), their_inputs("tiny", [sample], encoder), completions, advantages
-
-
-class InTurn(transformers.TrainerCallback):
-    """Times a trainer's steps, data included, and runs and times `ours` after each."""
-
-    def __init__(self, ours: Callable[[], object] | None):
-        self.ours, self.times, self.start = ours, ([], []), 0.0
-
-    def on_train_begin(self, *_, **__) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *_, **__) -> None:
-        self.times[1].append(time.perf_counter() - self.start)
-        if self.ours:
-            self.times[0].append(timed(self.ours))
-        self.start = time.perf_counter()
-
-
-def trl_run(kind: str, samples, encoder, micro: int, steps: int, ours=None, batch=32, **how):
-    """Seconds of each of our steps and of a trainer's, `batch` samples a step, `micro` at a time; and its log."""
-    import datasets
-    import trl
-
-    def chat(sample: Sample) -> dict:
-        images = [Image.open(sample.image_path)] if sample.image else []
-        record = {"prompt": messages(sample, encoder), "images": images}
-        if kind == "SFT":
-            record["completion"] = [{"role": "assistant", "content": encoder.target_text(sample)}]
-        return record
-
-    rewards = {"reward_funcs": lambda completions, **_: [random.random() for _ in completions]}
-    how |= dict(max_steps=steps, learning_rate=1e-6, lr_scheduler_type="constant")
-    how |= dict(per_device_train_batch_size=micro, gradient_accumulation_steps=batch // micro)
-    how |= dict(optim="adamw_torch_fused", bf16=False, gradient_checkpointing=False, use_cpu=True)
-    how |= dict(logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
-    how |= dict(shuffle_dataset=False, dataloader_pin_memory=False, max_grad_norm=1.0)
-    with tempfile.TemporaryDirectory() as out:
-        clock = InTurn(ours)
-        trainer = getattr(trl, f"{kind}Trainer")(
-            their_model("tiny"),
-            args=getattr(trl, f"{kind}Config")(out, **how),
-            processing_class=their_processor("tiny"),
-            callbacks=[clock],
-            train_dataset=datasets.Dataset.from_list([chat(s) for s in samples]),
-            **(rewards if kind == "GRPO" else {}),
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-    return *clock.times, trainer.state.log_history
+    theirs = their_model("tiny"), their_inputs("tiny", [sample], encoder)
+    return (mine, encoder.prompt(sample)), theirs, completions, advantages

@@ -121,14 +121,6 @@ def test_what_comes_into_a_table_stays_in_its_cell():
     assert shown[2].startswith(r"| prompt | a\|b c [2J  | text | 1 | 100.00 |")
 
 
-def test_outputs_are_parsed_again(tmp_path):
-    said = predictions("hh", "u-", output=ANSWER.format("Harmful", "None"))
-    said[1]["output"] = "Request: harmful, said outside of any result block"
-    first, second = read_predictions([write(tmp_path / "p.jsonl", said)]).values()
-    assert first["request_pred"] == "harmful" and first["format_ok"]
-    assert second["request_pred"] is None and not second["format_ok"]
-
-
 def test_two_predictions_of_one_exchange_are_refused_wherever_they_lie(tmp_path):
     a = write(tmp_path / "a.jsonl", predictions("hu", "hu", folder="../x", file="x/test.jsonl"))
     b = write(tmp_path / "b.jsonl", predictions("h", "u", folder="../y", file="y/test.jsonl"))
@@ -136,21 +128,11 @@ def test_two_predictions_of_one_exchange_are_refused_wherever_they_lie(tmp_path)
         read_predictions([a, b])
     other = write(tmp_path / "c.jsonl", predictions("h", "u", request="another"))
     assert len(read_predictions([a, other])) == 3
-    with pytest.raises(InputError, match="twice"):
-        read_predictions([a, f"{tmp_path}/./a.jsonl"])
 
 
-UNFIT = {
-    "labels are .*'Harmful'": json.dumps(predictions("h", "h", request_label="Harmful")[0]),
-    "'output'": '{"id": "1"}', "JSON object|mapping": "[1]", "Unterminated": '{"id": "1", "outp',
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message, line", UNFIT.items())
-def test_what_cannot_be_scored_is_named(tmp_path, message, line):
-    path = Path(write(tmp_path / "p.jsonl", predictions("h", "h")))
-    path.write_text(path.read_text() + line)
-    with pytest.raises(InputError, match=f"p.jsonl:2: .*{message}"):
+def test_a_label_that_is_none_is_named(tmp_path):
+    path = write(tmp_path / "p.jsonl", predictions("h", "h", request_label="Harmful"))
+    with pytest.raises(InputError, match="p.jsonl:1: .*'Harmful'"):
         read_predictions([path])
 
 
@@ -171,20 +153,6 @@ class OneOf:
         return items
 
 
-class Maker:
-    """Makes records, remembers which, and can be killed after some."""
-
-    def __init__(self, kill_after: int):
-        self.made, self.kill_after = [], kill_after
-
-    def __call__(self, model, encoder, todo, flags):
-        for i in reversed(todo):  # any order
-            if len(self.made) == self.kill_after:
-                raise KeyboardInterrupt
-            self.made.append(todo[i].id)
-            yield i, {"output": f"output {todo[i].id}"}
-
-
 @pytest.fixture
 def no_model(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(evaluate, "load_guard", lambda flags, ranks: (None, None))
@@ -196,38 +164,40 @@ SAMPLES = [Sample(str(i), "s", f"text {i}") for i in range(5)]
 
 
 def run(folder: Path, samples=SAMPLES, ranks=OneOf(), kill_after=99, **flags) -> tuple[list, list]:
-    """What is made, and what predictions.jsonl then holds, None if it is not there."""
-    maker = Maker(kill_after)
+    """What is made until a kill, and what predictions.jsonl then holds, None if it is not there."""
+    made = []
+
+    def make(model, encoder, todo, flags):
+        for i in reversed(todo):  # any order
+            if len(made) == kill_after:
+                raise KeyboardInterrupt
+            made.append(todo[i].id)
+            yield i, {"output": f"output {todo[i].id}"}
+
     try:
-        found = collect(folder, samples, maker, EvaluateFlags(**flags), ranks)
+        found = collect(folder, samples, make, EvaluateFlags(**flags), ranks)
         assert [record["id"] for record in found] == [sample.id for sample in samples]
         assert found == read_records(folder / "predictions.jsonl")
     except KeyboardInterrupt:
         found = None
         assert not (folder / "predictions.jsonl").exists()
-    return maker.made, found
-
-
-def test_a_killed_run_goes_on_after_the_last_whole_line(no_model):
-    assert run(no_model, kill_after=3) == (list("432"), None)
-    file = no_model / "rank-0.jsonl"
-    file.write_bytes(file.read_bytes()[:-7])  # the kill tore the line of 2
-    made, records = run(no_model)
-    assert made == list("210")
-    assert [record["output"] for record in records] == [f"output {i}" for i in range(5)]
-    assert run(no_model) == ([], records)
+    return made, found
 
 
 def test_a_killed_run_of_two_ranks_goes_on_with_any_number_and_nothing_counts_before(no_model):
     """Rank 1 has finished, rank 0 is killed: 3 of 5 are there, and no file scores as if all were."""
-    assert run(no_model, ranks=OneOf(0, 2), kill_after=1) == (["4"], None)
+    assert run(no_model, ranks=OneOf(0, 2), kill_after=2) == (["4", "2"], None)
+    file = no_model / "rank-0.jsonl"
+    file.write_bytes(file.read_bytes()[:-7])  # the kill tore the line of 2
     assert run(no_model, ranks=OneOf(1, 2)) == (["3", "1"], None)
     assert not (no_model / "predictions.jsonl").exists()
     assert run(no_model, ranks=OneOf(2, 3)) == (["2"], None)
     made, records = run(no_model)
-    assert made == ["0"] and len(records) == 5
+    assert made == ["0"]
+    assert [record["output"] for record in records] == [f"output {i}" for i in range(5)]
     kept = [record["id"] for path in no_model.glob("rank-*.jsonl") for record in read_records(path)]
     assert sorted(kept) == list("01234")  # none twice
+    assert run(no_model) == ([], records)
 
 
 def test_records_are_known_by_the_exchange_not_by_labels_folder_or_order(no_model, tmp_path):
@@ -236,10 +206,7 @@ def test_records_are_known_by_the_exchange_not_by_labels_folder_or_order(no_mode
     made, records = run(no_model, moved)
     assert made == [] and {record["request_label"] for record in records} == {"harmful"}
     edited = [replace(SAMPLES[0], request="another"), *SAMPLES[1:]]
-    assert run(no_model, edited, kill_after=0) == (
-        [],
-        None,
-    )  # no file scores as if it were of these
+    assert run(no_model, edited, kill_after=0)[1] is None  # no file scores as if it were of these
     made, records = run(no_model, edited)
     assert made == ["0"] and records[0]["request"] == "another"
     image = tmp_path / "a.png"
@@ -262,13 +229,12 @@ def test_records_of_other_settings_never_mix(no_model):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("name", ["predictions.jsonl", "notes.txt", "rank-0.jsonl"])
-def test_a_folder_that_holds_anything_else_is_refused(no_model, name, fresh):
+def test_a_folder_that_holds_anything_else_is_refused(no_model, fresh):
     no_model.mkdir()
-    (no_model / name).write_text('{"paid": "for"}\n')
+    (no_model / "predictions.jsonl").write_text('{"paid": "for"}\n')
     with pytest.raises(InputError, match="eval holds files of something else; choose another"):
         run(no_model, fresh=fresh)
-    assert (no_model / name).read_text() == '{"paid": "for"}\n'
+    assert (no_model / "predictions.jsonl").read_text() == '{"paid": "for"}\n'
 
 
 @pytest.fixture(scope="module")
@@ -301,11 +267,8 @@ def test_two_ranks_give_what_one_gives(flags, tmp_path):
         assert (tmp_path / "two" / name).read_bytes() == (Path(flags.out) / name).read_bytes()
     assert all((tmp_path / "two" / f"rank-{rank}.jsonl").is_file() for rank in (0, 1))
     # And what evaluation within training gives, but for the way to the images.
-    stored, (samples, _) = (
-        read_records(Path(flags.out, "predictions.jsonl")),
-        read_samples(flags.data),
-    )
-    encoder = Encoder(flags.model, flags.instruction)
+    stored = read_records(Path(flags.out, "predictions.jsonl"))
+    samples, encoder = read_samples(flags.data)[0], Encoder(flags.model, flags.instruction)
     found = evaluate.evaluate_samples(load(flags.model), encoder, samples, max_new_tokens=12)
     assert [p | {"folder": ""} for p in found] == [p | {"folder": ""} for p in stored]
     assert all(Path(flags.out, p["folder"], p["image"] or ".").exists() for p in stored)
@@ -326,9 +289,8 @@ def test_rows_outside_of_the_table_are_counted(flags, world, tmp_path, capsys):
     assert (results["unlabelled"], results["too_long"]) == (1, 1)
     (bad,) = results["left_out"]
     assert f"test.jsonl:3: '{rows[2]['id']}': request_label is 'Harmful'" in bad
-    judged = {
-        record["id"]: record for record in read_records(Path(flags.out) / "predictions.jsonl")
-    }
+    records = read_records(Path(flags.out) / "predictions.jsonl")
+    judged = {record["id"]: record for record in records}
     assert len(judged) == len(rows) - 1 and judged[rows[0]["id"]]["output"]
     cut = judged[rows[1]["id"]]
     assert cut["output"] == "" and cut["request_pred"] is None
@@ -342,15 +304,6 @@ def guard(world):
     return load(str(world / "base")), Encoder(str(world / "base"))
 
 
-def test_prompt_and_new_tokens_together_must_fit_the_context(guard, monkeypatch):
-    (model, encoder), sample = guard, Sample("0", "s", "text")
-    context = len(encoder.prompt(sample)) + 2
-    monkeypatch.setattr(model, "config", replace(model.config, max_position_embeddings=context))
-    for limit, n_tokens in ((2, 2), (3, 0)):
-        (p,) = evaluate.evaluate_samples(model, encoder, [sample], max_new_tokens=limit)
-        assert p["n_tokens"] == n_tokens
-
-
 def test_a_second_run_is_refused(flags):
     with lock(flags.out), pytest.raises(InputError, match="eval: .*another run"):
         evaluate.main(flags)
@@ -362,7 +315,6 @@ OUTPUTS = [
     ANSWER.format("harmful", "unharmful"),
     ANSWER.format("unharmful", "None"),
     ANSWER.format("Harmful", "maybe"),
-    "harmful",
     ANSWER.format("harmful\nRequest: harmful", "harmful") + " Response: harmful",
     "<think>Request: harmful</think>" + ANSWER.format("**unharmful**", "harmless") + "\nRequest: x",
 ]
@@ -376,7 +328,7 @@ def plays(encoder: Encoder, output: str):
             ids = [*encoder.tokenizer.encode(output), encoder.stop_ids[0]]
             for token in ids if watch else ():
                 watch([token])
-            p_harmful = torch.arange(len(ids)) / 1000
+            p_harmful = [i / 1000 for i in range(len(ids))]
             yield key, [SimpleNamespace(ids=ids, p_harmful=p_harmful, finished=True)]
 
     return sampler
@@ -411,7 +363,8 @@ def test_probabilities_equal_the_logits_before_the_label(guard, world, monkeypat
         with torch.no_grad():
             logits = model.logits(prompt.extend([ids]))[len(prompt) - 1 : -1].double()
         odds = logits.softmax(-1)[:, words]
-        torch.testing.assert_close(found.double(), odds[:, 0] / odds.sum(-1), atol=1e-5, rtol=0)
+        found = torch.tensor(found, dtype=torch.float64)
+        torch.testing.assert_close(found, odds[:, 0] / odds.sum(-1), atol=1e-5, rtol=0)
         assert len(found) == 16
 
 
@@ -429,5 +382,3 @@ def test_an_exchange_is_streamed_and_ends_in_labels(guard, flags, monkeypatch, c
     assert len(pieces) > 15 and "".join(pieces) == OUTPUTS[0]  # half characters are held back
     shown = capsys.readouterr().out
     assert re.search(r"request: harmful, P\(harmful\) 0\.\d\d\n\nresponse: unharmful, P\(", shown)
-    evaluate.main(replace(flags, request="Hello"))
-    assert "response:" not in capsys.readouterr().out

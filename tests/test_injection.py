@@ -80,7 +80,7 @@ def stages(encoder, monkeypatch):
         for key, row in prompts:
             seen.append(row)
             ids = [encoder._encode(text) + encoder.stop_ids[:1] for text in (SAID, FORGED)]
-            outputs = [Completion(ids[i % 2], [[0.0, 0.5]] * len(ids[i % 2])) for i in range(n)]
+            outputs = [Completion(ids[i % 2], *2 * [[0.5] * len(ids[i % 2])]) for i in range(n)]
             yield key, outputs
 
     mute = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10**9))

@@ -67,7 +67,7 @@ def test_grpo_update_takes_what_is_estimated():
     model, optimizer = training(flags)
     prompt, groups = memory.prompt_row(SMALL, TRAFFIC), []
     for position in range(flags.rollout_batch):
-        drawn = [qwen.Completion([10] * n, [[-1.0]] * n) for n in range(20, 68, 6)]
+        drawn = [qwen.Completion([10] * n, [-1.0] * n) for n in range(20, 68, 6)]
         groups.append(grpo.Group(position, None, prompt, drawn, [], [], torch.randn(flags.group)))
     encoder = SimpleNamespace(banned_ids=memory.BANNED)
     step = lambda: grpo.update_policy(model, optimizer, groups, encoder, flags, 0.2, ALONE)

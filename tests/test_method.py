@@ -97,7 +97,7 @@ def test_the_whole_method(tmp_path):
     prompt = encoder.prompt(samples[0])
     stop = encoder.stop_ids[0]  # <|im_end|>: that an output ends is learned like all the rest
     ids = [[*encoder.tokenizer.encode(output), stop] for output in outputs]
-    completions = [qwen.Completion(made, [[0.0]] * len(made)) for made in ids]
+    completions = [qwen.Completion(made, [0.0] * len(made)) for made in ids]
     group = grpo.Group(0, samples[0], prompt, completions, outputs, rewards, advantages)
     (batch,) = grpo.pack_groups([group], pack_tokens=4096)
     assert len(batch.row) == len(prompt) + group.tokens

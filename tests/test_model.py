@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import model as ours
-from model import CheckpointError, Row, Segment
+from model import InputError, Row, Segment
 
 ROOT = Path(ours.__file__).parent
 VOCAB, TEXT, VISION_START, VISION_END, IMAGE, VIDEO = 300, 280, 288, 289, 290, 291
@@ -286,7 +286,7 @@ def test_beside_a_tied_config_the_head_may_only_be_an_equal_copy(tmp_path):
     mine = ours.load(write_checkpoint(tmp_path, hf, tensors=tensors))
     assert_close(mine.logits(row), reference_logits(hf, row))
     tensors["lm_head.weight"][7, 7] += 1e-3
-    with pytest.raises(CheckpointError, match="lm_head.weight is not .*tie_word_embeddings"):
+    with pytest.raises(InputError, match="lm_head.weight is not .*tie_word_embeddings"):
         ours.load(write_checkpoint(tmp_path, hf, tensors=tensors))
 
 
@@ -310,7 +310,7 @@ def test_the_model_that_is_named_is_the_one_that_is_loaded(tmp_path, told):
     REFUSED[told](folder, tensors)
     if (folder / "model.safetensors").exists():
         save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(InputError, match=told):
         ours.load(str(folder))
 
 
@@ -347,7 +347,7 @@ def test_weights_come_last_and_whole(net, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise ours.SafetensorError("the disk is full")
 
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="the disk is full"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="the disk is full"):
         patch.setattr(ours, "save_file", fail)
         ours.save(net, target, source, files=files)
     assert (target / "instruction.txt").exists() and not (target / "model.safetensors").exists()
@@ -484,10 +484,10 @@ def test_what_is_recorded_equals_a_plain_forward(back_end, pair, temperature, to
     for prompt, made in every:
         row = prompt.extend([made.ids])
         logits = reference_logits(hf, row)
-        assert_close(made.logprobs, mine(row, temperature, BANNED)[0])
-        assert_close(made.logprobs, full_scores(logits, row, temperature, BANNED)[0])
+        assert_close(torch.tensor(made.logprobs), mine(row, temperature, BANNED)[0])
+        assert_close(torch.tensor(made.logprobs), full_scores(logits, row, temperature, BANNED)[0])
         before = logits[len(prompt) - 1 : -1, [7, 8]]
-        assert_close(made.p_harmful, before.softmax(-1)[:, 0])
+        assert_close(torch.tensor(made.p_harmful), before.softmax(-1)[:, 0])
 
 
 def test_sampling_has_float32_logits(net):
@@ -497,7 +497,7 @@ def test_sampling_has_float32_logits(net):
     hidden = torch.stack([states[-1] for states in seen[:20]]).double()
     exact = (hidden @ half.head.double().T).log_softmax(-1)
     exact = exact.gather(1, torch.tensor(made.ids)[:, None])[:, 0]
-    assert_close(made.logprobs.double(), exact)
+    assert_close(torch.tensor(made.logprobs).double(), exact)
 
 
 def test_same_seed_same_tokens_however_batched(back_end, net):
@@ -547,10 +547,12 @@ def test_the_caches_hold_no_more_than_they_may(net, monkeypatch):
         real(self)
 
     monkeypatch.setattr(ours.DecodeBatch, "step", step)
-    assert tokens(collect(net, prompts, cache_tokens=400, **SAMPLING)) == want
+    monkeypatch.setattr(ours, "free_cache_tokens", lambda _: 400)
+    assert tokens(collect(net, prompts, **SAMPLING)) == want
     assert max(held for held, _ in most) <= 400 and max(count for _, count in most) >= 4
     most.clear()
-    assert tokens(collect(net, prompts, cache_tokens=1, **SAMPLING)) == want
+    monkeypatch.setattr(ours, "free_cache_tokens", lambda _: 1)
+    assert tokens(collect(net, prompts, **SAMPLING)) == want
     assert max(count for _, count in most) == 1  # one at a time, however small
 
 

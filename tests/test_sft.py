@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import data
 import model as qwen
 import sft
-from data import Encoder, InputError, Sample, read_samples, write_samples
+from data import Encoder, InputError, Sample, read_json, read_samples, write_samples
 
 ROOT = Path(sft.__file__).parent
 ALONE = qwen.Ranks(0, 1, torch.device("cpu"), torch.float32)
@@ -186,24 +186,31 @@ def test_loss_and_gradient_are_those_of_the_mean_over_all_targets(run_flags, enc
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_a_run_logs_what_it_does(run_flags, encoder, capsys):
-    flags = run_flags(validation=run_flags().data, epochs=1, steps=1)
+def test_a_run_logs_what_it_does(run_flags, encoder, capsys, monkeypatch):
+    written = []
+    board = SimpleNamespace(add_scalar=lambda *x: written.append(x), flush=lambda: None)
+    tensorboard = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    flags = run_flags(validation=run_flags().data, epochs=1, steps=1, min_pixels=784)
     sft.main(flags)
-    line = json.loads(Path(flags.out, "metrics.jsonl").read_text())
+    line = read_json(Path(flags.out, "metrics.jsonl"))
     rows = [encoder.example(s) for s in complete(flags.data)]
     batch = first_batch(flags, rows)
     assert line["loss"] == loss_of(flags.model, batch)
     assert line["target_tokens"] == sum(int(row.supervised.sum()) for row in batch)
     assert line["validation_loss"] == loss_of(flags.out, rows)
     assert (line["step"], line["lr"], line["skipped"]) == (1, flags.lr, 0)
+    assert ("loss", line["loss"], 1) in written and len(written) == len(line) - 1
     tokens = line["trained_tokens_per_second"] * line["seconds"]
     assert tokens == pytest.approx(sum(map(len, batch)))
     out, err = capsys.readouterr()
     assert err == ""  # no bar outside of a terminal
     assert re.search("^step 1/1  left 0:00:00  loss .*  validation_loss", out, re.MULTILINE)
-    record = json.loads(Path(flags.out, "run.json").read_text())
+    record, encoder = read_json(Path(flags.out, "run.json")), Encoder(flags.out)
     assert record["flags"] == asdict(flags) | {"dtype": "torch.float32"}
-    assert record["torch"] == torch.__version__ and record["fingerprint"]
+    assert record["torch"] == torch.__version__
+    assert encoder.instruction == toy.INSTRUCTION
+    assert (encoder.min_pixels, encoder.max_pixels) == (784, flags.max_pixels)
 
 
 def test_skipped_steps_are_counted(run_flags, monkeypatch, capsys):
@@ -224,10 +231,10 @@ def test_skipped_steps_are_counted(run_flags, monkeypatch, capsys):
     assert not Path(flags.out, "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("tied", [True, False])  # untied as the 7B
 @pytest.mark.parametrize("freeze", [["vision"], ["merger"], ["decoder"], ["vision", "merger"]])
-def test_freezing_leaves_exactly_those_tensors_alone(run_flags, tmp_path, freeze, tied):
-    folder = toy.build_checkpoint(tmp_path / "base", tie_word_embeddings=tied, **toy.TINY)
+def test_freezing_leaves_exactly_those_tensors_alone(run_flags, tmp_path, freeze):
+    """Of a model whose head is a matrix of its own, as that of the 7B."""
+    folder = toy.build_checkpoint(tmp_path / "base", tie_word_embeddings=False, **toy.TINY)
     # Every sample is a row of its own; in those without an image the decoder alone would train.
     flags = run_flags(model=str(folder), epochs=1, pack_tokens=1, freeze=freeze)
     sft.main(flags)
@@ -265,28 +272,11 @@ def test_what_is_left_out_is_counted_before_training(run_flags, encoder, world, 
     lacking, too_long = 12 - len(rows), len(rows) - len(short)
     reasons = f"0 bad rows, {lacking} without reasoning or a label, {too_long} of more than {limit}"
     told = f"{flags.data[0]}: {len(short)} samples; left out: {reasons} tokens"
-    record = json.loads(Path(flags.out, "run.json").read_text())
+    record = read_json(Path(flags.out, "run.json"))
     assert told in capsys.readouterr().out.splitlines() and told in record["left_out"]
     assert record["left_out"][2].startswith(f"{bad}:1: 'x': ")
     none = run_flags("none", max_tokens=1)  # before: "3 of 3 steps done", with a loss of 0
     assert "of 0 samples" in refused(capsys, none) and not Path(none.out).exists()
-
-
-# ---- the screen
-
-
-def test_the_screen_and_tensorboard(run_flags, capsys, monkeypatch):
-    written = []
-    board = SimpleNamespace(add_scalar=lambda *x: written.append(x), flush=lambda: None)
-    module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board)
-    run = sft.Run(run_flags(), ALONE, [], [])
-    run.done, run.began = 4, 100.0
-    monkeypatch.setattr(sft.time, "perf_counter", lambda: 160.0)  # 60 seconds of 2 steps
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    run.log(6, {"loss": 1 / 7, "trained_tokens_per_second": 54321.9}, sft.SHOWN, 128)
-    screen = "step 6/128  left 1:01:00  loss 0.14286  trained/s 54322\n"
-    assert capsys.readouterr().out == screen
-    assert written == [("loss", 1 / 7, 6), ("trained_tokens_per_second", 54321.9, 6)]
 
 
 def test_training_goes_on_when_nobody_reads_its_output(run_flags):
@@ -350,15 +340,10 @@ def halted(stopped, tmp_path):
 
 def test_the_model_in_the_folder_is_the_last_checkpoint_s_and_saved_once(halted, monkeypatch):
     model = Path(halted.out, "model.safetensors")
-
-    def killed(*_) -> None:
-        raise KeyboardInterrupt
-
     assert model.exists()  # of step 2
-    with monkeypatch.context() as patch:
-        patch.setattr(sft, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            sft.main(halted)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(sft, "save", lambda *_: 1 // 0)
+        sft.main(halted)
     assert not model.exists()  # step 3 is trained, and its model not yet there
     sft.main(halted)
     changed = model.stat().st_mtime_ns
@@ -370,24 +355,15 @@ def contents(folder: str) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_run_in_a_moved_folder_goes_on_with_other_intervals(halted, world, tmp_path):
-    shutil.copytree(world, tmp_path / "copied")  # the same data at another place
-    copied = [str(tmp_path / "copied" / ".." / "copied" / "train.jsonl")]
-    sft.main(replace(halted, save_every=7, eval_every=7, data=copied))
-    whole = replace(halted, out=str(tmp_path / "whole"))
-    sft.main(whole)
-    assert same_runs(halted, whole)
-
-
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(halted, run_flags, capsys):
     newest = Path(halted.out, "checkpoints", "step-000002")
     content = (newest / "__0_0.distcp").read_bytes()
     (newest / "__0_0.distcp").write_bytes(content[: len(content) // 2])
-    advice = "remove that folder to go on from the one before, or use --fresh"
-    assert f"{newest}: damaged; {advice}" in refused(capsys, halted)
+    told = refused(capsys, halted)
+    assert f"{newest}: " in told and "remove that folder to go on from the one before" in told
     shutil.rmtree(newest)
     whole = replace(halted, out=run_flags().out)
-    sft.main(halted)
+    sft.main(replace(halted, save_every=7, eval_every=7))  # flags that change no result
     sft.main(whole)
     assert same_runs(halted, whole)
 
@@ -434,26 +410,8 @@ def test_a_run_whose_checkpoints_are_gone_is_not_trained_over(halted, capsys):
     assert [line["step"] for line in metrics(halted.out)] == [1]
 
 
-def test_a_model_directory_is_whole_when_its_weights_are_there(run_flags, monkeypatch):
-    flags, save_file, seen = run_flags(steps=1, max_pixels=6272), qwen.save_file, []
-    look = lambda *args, **how: (seen.extend(names(Path(flags.out))), save_file(*args, **how))
-    monkeypatch.setattr(qwen, "save_file", look)
-    sft.main(flags)
-    needed = {"config.json", "tokenizer.json", "instruction.txt", "preprocessor_config.json"}
-    assert needed <= set(seen) and "model.safetensors" not in seen
-    assert '"max_pixels": 6272' in Path(flags.out, "preprocessor_config.json").read_text()
-    assert Encoder(flags.out).instruction == toy.INSTRUCTION
-
-
-def test_wrong_input_is_one_line_and_leaves_nothing(run_flags, world, capsys):
-    wrong = {
-        "choose from vision, merger, decoder, or none": {"freeze": ["legs"]},
-        "is or holds an input": {"out": str(world / "base")},
-        "leaves nothing to train": {"freeze": ["vision", "merger", "decoder"]},
-        "are not one batch of 4": {"epochs": 0},
-    }
-    for message, fields in wrong.items():
-        assert message in refused(capsys, run_flags(), **fields), message
+def test_a_wrong_part_and_a_folder_in_use_are_one_line_and_leave_nothing(run_flags, capsys):
+    assert "choose from vision" in refused(capsys, run_flags(), freeze=["legs"])
     with data.lock(run_flags().out):
         assert "another run" in refused(capsys, run_flags())
     assert not Path(run_flags().out).exists()

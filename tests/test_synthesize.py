@@ -12,7 +12,6 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from data import InputError, Sample, SynthesizeFlags
 KEY = "sk-test-3f9c2b7e81d04a6655aa"
 STEP = "## Reasoning Step 1:"
 GOOD = f"# Task 1: request\n{STEP} a bag.\n\n# Task 2: response\n{STEP} an answer."
-FAULTS = "500 429 disconnect html choices wrong leak twice thinking filter".split()
+FAULTS = "500 html wrong leak thinking filter".split()
 
 
 class Teacher(BaseHTTPRequestHandler):
@@ -44,10 +43,7 @@ class Teacher(BaseHTTPRequestHandler):
         self.server.seen.append(body)
         fault = self.server.fault(body) or ""
         assert self.headers["Authorization"] == f"Bearer {KEY}"
-        if fault == "disconnect":
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-        elif fault == "html":
+        if fault == "html":
             self.send(200, "<html>busy</html>", "text/html")
         elif fault == "filter":  # as Azure's content filter refuses
             self.send(400, {"error": {"message": "no \x1b[31m", "code": "content_filter"}})
@@ -56,7 +52,7 @@ class Teacher(BaseHTTPRequestHandler):
         elif fault.isdigit():
             self.send(int(fault), {"error": {"message": f"{fault} for {KEY}"}})
         else:
-            self.send(200, {"choices": [self.choice(body, fault)] * (fault != "choices")})
+            self.send(200, {"choices": [self.choice(body, fault)]})
 
     def choice(self, body, fault):
         layout = body["messages"][0]["content"]
@@ -66,15 +62,9 @@ class Teacher(BaseHTTPRequestHandler):
             labels = [{"harmful": "unharmful"}.get(label, "harmful") for label in labels]
         reasoning = GOOD + " The ground truth agrees." * (fault == "leak")
         text = data.TARGET.format(reasoning, *labels)
-        bad = {
-            "twice": text * 2,
-            "fenced": f"```\n{text}\n```",
-            "thinking": "",
-            "length": text[:40],
-        }
-        message = {"role": "assistant", "content": bad.get(fault, text)}
+        message = {"role": "assistant", "content": text[:40] if fault == "length" else text}
         if fault == "thinking":
-            message["reasoning_content"] = "Hm."
+            message |= {"content": "", "reasoning_content": "Hm."}
         return {"message": message, "finish_reason": "length" if fault == "length" else "stop"}
 
     def send(self, status, content, kind="application/json", **headers):
@@ -216,7 +206,7 @@ def test_what_the_teacher_is_sent(tmp_path):
 
 ANSWERS = [  # known labels, what the teacher says, its reasoning, and why that is unfit
     ("harmful unharmful", "Harmful Unharmful", GOOD, None), ("- unharmful", "harmful unharmful", GOOD, None),
-    ("- unharmful", "harmful harmful", GOOD, "labels"), ("harmful unharmful", "unharmful unharmful", GOOD, "labels"),
+    ("- unharmful", "harmful harmful", GOOD, "labels"),
     ("- unharmful", "None unharmful", GOOD, "labels"), ("harmful -", "harmful None", GOOD, "labels"),  # None is no label
     ("harmful unharmful", "harmful maybe", GOOD, "format"), ("harmful unharmful", "harmful unharmful", "fine", "format"),
     ("- -", "harmful unharmful", GOOD + " As labelled.", "leak: 'labelled'"),
@@ -235,10 +225,11 @@ def test_answers(known, says, reasoning, reason):
 
 
 USELESS = {
-    "thinking": "content is empty, role and reasoning_content is not; finish_reason stop", "twice": "format: .*stop",
-    "length": "format: .*; finish_reason length", "fenced": "format: ", "html": "no chat completion",
-    "401": r"401.*\[key\]", "disconnect": "Connection error", "wrong": "labels: ",
-}  # fmt: skip
+    "thinking": "content is empty, role and reasoning_content is not; finish_reason stop",
+    "length": "format: .*; finish_reason length",
+    "html": "no chat completion",
+    "401": r"401.*\[key\]",
+}
 
 
 @pytest.mark.parametrize("fault", USELESS)
@@ -248,7 +239,7 @@ def test_a_teacher_that_is_of_no_use_stops_the_run(tmp_path, fault):
         message = f"{server.url}/: 10 rows in a row without a usable answer; .*{USELESS[fault]}"
         with pytest.raises(InputError, match=message):
             run(tmp_path, server, concurrency=4)
-        assert len(server.seen) <= 18 * (3 if fault == "disconnect" else 1)  # which is tried thrice
+        assert len(server.seen) <= 18
         assert len(written(tmp_path)[1]) == 10 and not written(tmp_path)[0]
         server.fault = lambda body: None
         run(tmp_path, server)
