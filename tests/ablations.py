@@ -387,7 +387,7 @@ def training_seconds(stage: Stage) -> float:
 
 def results_of(stages: dict[str, Stage], variants: list[Variant]) -> claims.Result:
     """What the evaluations of one seed found, as far as they have ended."""
-    folder, scores, courses = stages["world"].folder, {}, {}
+    folder, scores = stages["world"].folder, {}
     ended = [variant for variant in variants if stages[f"eval-{variant.name}"].is_done()]
     for variant in ended:
         name = variant.name
@@ -396,9 +396,7 @@ def results_of(stages: dict[str, Stage], variants: list[Variant]) -> claims.Resu
         scores[name] = claims.scores(records, truths)
         scores[name]["seconds"] = training_seconds(stages[name])
         scores[claims.ALWAYS] = claims.scores_of_always_harmful(records, truths)
-        if variant.script == "grpo.py":
-            courses[name] = claims.course(folder / name / "metrics.jsonl")
-    return claims.Result(scores, courses)
+    return scores
 
 
 def write_tables(out: Path, results: dict[int, claims.Result], variants: list[Variant]) -> None:

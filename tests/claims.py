@@ -1,6 +1,6 @@
 """From predictions of several seeds and variants to tables: means, intervals, paired differences.
 
-In:  predictions.jsonl of evaluations and metrics.jsonl of RL runs, as ablations.py leaves them.
+In:  predictions of evaluations, as ablations.py leaves them, and the truth.json of their world.
 Out: Markdown.
 
 An interval is mean +- t * s / sqrt(n): n seeds, s their standard deviation, t the 97.5 % quantile
@@ -12,12 +12,10 @@ these cancels.
 import math
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import audit
 
-from data import read_records
 from evaluate import classification_metrics, compute_metrics
 from reward import HARMFUL
 
@@ -31,8 +29,7 @@ PARTS = (
 ).split()
 CROWDED = 3  # items of a request, at least: where harm can hide
 COMPARED = ("f1", "balanced", "f1_hidden", "mean_tokens")
-COURSE = ("tokens", "entropy", "clipped")
-DIGITS = {"format_ok": 3, "entropy": 3, "clipped": 4}  # behind the point; one for the others
+DIGITS = {"format_ok": 3}  # behind the point; one for the others
 ALWAYS = "(always harmful)"  # a variant that says so whatever it is asked
 
 
@@ -43,11 +40,7 @@ class Interval(NamedTuple):
     half_width: float | None
 
 
-class Result(NamedTuple):
-    """What one seed gave."""
-
-    scores: dict[str, dict[str, float]]  # {variant: {metric: value}}
-    courses: dict[str, dict[str, list[float]]]  # {RL variant: {metric: its mean in each quarter}}
+Result = dict[str, dict[str, float]]  # what one seed gave: {variant: {metric: value}}
 
 
 class Line(NamedTuple):
@@ -106,22 +99,9 @@ def scores_of_always_harmful(records: list[dict], truths: dict) -> dict[str, flo
     return {name: found[name] for name in found if name.startswith(rates)}
 
 
-def course(metrics: Path) -> dict[str, list[float]]:
-    """Length, entropy and share of clipped tokens: their means in each quarter of an RL run."""
-    steps = read_records(metrics)
-    for step in steps:
-        step["clipped"] = step["clipped_high"] + step["clipped_low"]
-    ends = [len(steps) * quarter // 4 for quarter in range(5)]
-    quarters = [steps[begin:end] for begin, end in zip(ends, ends[1:]) if end > begin]
-    found = {}
-    for name in COURSE:
-        found[name] = [statistics.mean(step[name] for step in part) for part in quarters]
-    return found
-
-
 def by_seed(results: dict[int, Result], variant: str, metric: str) -> dict[int, float]:
     """{seed: value}, over the seeds that have this variant and metric."""
-    found = {seed: result.scores.get(variant, {}) for seed, result in results.items()}
+    found = {seed: result.get(variant, {}) for seed, result in results.items()}
     return {seed: values[metric] for seed, values in found.items() if metric in values}
 
 
@@ -185,25 +165,10 @@ def table_of_seeds(results: dict[int, Result], lines: list[Line]) -> str:
     table = []
     for variant in (line.variant for line in lines):
         for seed, result in results.items():
-            if variant in result.scores:
+            if variant in result:
                 cells = mean_cells({seed: result}, variant, [*SHOWN, *PARTS, *audit.RATES])
                 table.append([variant, str(seed), *cells])
     return markdown(["variant", "seed", *SHOWN, *PARTS, *audit.RATES], table)
-
-
-def table_of_courses(results: dict[int, Result], lines: list[Line]) -> str:
-    """A line per RL variant: means over the seeds for each quarter of the run."""
-    table = []
-    for variant in (line.variant for line in lines):
-        found = [one.courses[variant] for one in results.values() if variant in one.courses]
-        if found:
-            cells = [variant]
-            for metric in COURSE:
-                quarters = zip(*(course[metric] for course in found))
-                means = [Interval(statistics.mean(values), None) for values in quarters]
-                cells.append(", ".join(cell(mean, metric) for mean in means))
-            table.append(cells)
-    return markdown(["variant", *(f"{metric}, by quarter of the run" for metric in COURSE)], table)
 
 
 def saving_note(results: dict[int, Result]) -> str:
@@ -227,7 +192,6 @@ def report(results: dict[int, Result], lines: list[Line]) -> str:
         parts.append(saving_note(results))
     always = Line("", ALWAYS, ALWAYS)
     parts += [table_of_parts(results, [*lines, always]), table_of_audits(results, lines)]
-    parts.append(table_of_courses(results, lines))
     if len(results) > 1:
         parts.append(table_of_seeds(results, lines))
     return "\n\n".join(parts) + "\n"

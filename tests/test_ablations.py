@@ -12,8 +12,6 @@ import claims
 import pytest
 from ablations import Stage
 
-import data
-
 
 def test_the_newest_line_is_shown_from_time_to_time(tmp_path, capsys):
     text = "import time\nfor i in (1, 2): print('step', i), time.sleep(1)"
@@ -159,21 +157,12 @@ def test_scores_by_hand():
     assert (always["balanced"], always["false_alarms"], always["f1_known"]) == (50, 100, 100)
 
 
-def test_a_course_by_hand(tmp_path):
-    same = {"entropy": 0.5, "clipped_low": 0.01}
-    steps = [same | {"tokens": 10.0 * i, "clipped_high": 0.01 * i} for i in range(1, 9)]
-    data.write_samples(tmp_path / "metrics.jsonl", steps)
-    found = claims.course(tmp_path / "metrics.jsonl")
-    assert found["tokens"] == [15.0, 35.0, 55.0, 75.0] and found["entropy"] == [0.5] * 4
-    assert found["clipped"] == pytest.approx([0.025, 0.045, 0.065, 0.085])
-
-
 def test_the_tables():
     def result(sft: float, grpo: float | None) -> claims.Result:
         scores = {"sft": {"f1": sft, "f1_text": sft, "mean_tokens": 50.0, "seconds": 100.0}}
         if grpo is not None:
             scores["grpo"] = {"f1": grpo, "f1_text": grpo, "mean_tokens": 60.0, "seconds": 20.0}
-        return claims.Result(scores, {"grpo": dict.fromkeys(claims.COURSE, [1.0, 2.0])})
+        return scores
 
     results = {31: result(80.0, 91.0), 32: result(82.0, 94.0), 33: result(84.0, None)}
     lines = [claims.Line("RL helps", name, "grpo") for name in ("sft", "control", "grpo")]
@@ -187,12 +176,11 @@ def test_the_tables():
     *_, sft, _, grpo = claims.table_of_parts(results, lines).splitlines()
     assert "| 82.0 ± 5.0 (-11.5 ± 6.4) |" in sft and "| 92.5 ± 19.1 |" in grpo
     assert "| grpo | 32 | 94.0 |" in claims.table_of_seeds(results, lines)
-    assert "| grpo | 1.0, 2.0 | 1.000, 2.000 |" in claims.table_of_courses(results, lines)
 
 
 def test_what_eco_saves_by_hand():
     def result(eco: float, grpo: float) -> claims.Result:
-        return claims.Result({"eco": {"mean_tokens": eco}, "grpo": {"mean_tokens": grpo}}, {})
+        return {"eco": {"mean_tokens": eco}, "grpo": {"mean_tokens": grpo}}
 
     # 10, 20 and 15 %: as far apart as 1, 2, 3 above, times 5
     results = {1: result(45.0, 50.0), 2: result(40.0, 50.0), 3: result(51.0, 60.0)}
