@@ -357,8 +357,8 @@ def read_predictions(paths: Iterable[str | Path]) -> dict[tuple, dict]:
                 verdict = parse(p["output"])
                 p |= {"request_pred": verdict.request, "response_pred": verdict.response}
                 p["format_ok"] = verdict.format_ok
-                if {p["request_label"], p["response_label"]} - {HARMFUL, UNHARMFUL, None}:
-                    raise ValueError("its labels are not harmful, unharmful or null")
+                if odd := {p["request_label"], p["response_label"]} - {HARMFUL, UNHARMFUL, None}:
+                    raise ValueError(f"{odd} is no label: want harmful, unharmful or null")
                 key = tuple(p[name] for name in ("source", "id", "request", "response", "image"))
                 if predictions.setdefault(key, p) is not p:
                     raise ValueError(f"{p['id']} is there twice: score one model at a time")
