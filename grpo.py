@@ -6,9 +6,9 @@ Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/rollouts.
 
 No KL term and no reference model. A step is one rollout batch, updated on in several mini-batches.
 A prompt and its G completions are one packed row: sampling encodes the prompt once, and so does
-every forward pass of the update. The first mini-batch takes one; the others take two, since their
-log P_old must be known before the first update. A group longer than --pack-tokens is cut, and each
-part has its prompt.
+every forward pass of the update. The first mini-batch takes one pass; the others take two, since
+their log P_old must be known before the first update. A group longer than --pack-tokens is cut, and
+each part has its prompt.
 
 State is weights, optimizer and step: what a step samples is a function of (weights, seed, step,
 position in the rollout batch, number of the completion), so one process and many draw the same

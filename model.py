@@ -1059,12 +1059,8 @@ def save(model: QwenVL, folder, source, dtype: torch.dtype | None = None, files=
     left = {"run.json", "model.safetensors.index.json"}
     if "preprocessor_config.json" in files:
         left.add("processor_config.json")  # which holds the same settings as they were
-    for file in source.iterdir():
-        if (
-            file.suffix in (".json", ".txt", ".jinja")
-            and file.name not in left
-            and source != folder
-        ):
+    for file in () if source == folder else source.iterdir():
+        if file.suffix in (".json", ".txt", ".jinja") and file.name not in left:
             shutil.copyfile(file, folder / file.name)
     config = json.loads((source / "config.json").read_text("utf-8"))
     stored = str(next(iter(state.values())).dtype).removeprefix("torch.")

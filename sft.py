@@ -309,7 +309,7 @@ class Run:
     checkpoints/    step-N, the state after step N, by all ranks: the last two
     """
 
-    # Flags that change when and where, and roundings; and files, which the fingerprint knows.
+    # What changes no result but by roundings; and files, which the fingerprint knows by content.
     may_change = {"out", "steps", "fresh", "save_every", "eval_every", "device", "pack_tokens"}
     may_change |= {"max_branches", "checkpointing", "model", "data", "validation", "instruction"}
     logs = ("metrics.jsonl", "rollouts.jsonl")

@@ -69,8 +69,9 @@ SETTINGS = {
     ),
     "evaluate.py": LIMIT,
 }
-# Fixed in advance, so that they can run beside GRPO (compare `seconds` in the table): as long as
-# mining and GRPO, or more; and the epochs of RFT that are as many steps as that, or as mining more.
+# Fixed in advance, so that they can run beside GRPO (compare `seconds` in the table): the control is
+# SFT for at least as long as mining and GRPO; RFT, which needs the mining, too, for about as long as
+# GRPO, and RFT_LONG for as long as the control.
 CONTROL = "--epochs 11"
 RFT = "--epochs 5"
 RFT_LONG = "--epochs 8.5"
