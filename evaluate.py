@@ -227,15 +227,14 @@ def predict(
     model's context is answered wrongly: by an empty output, cut off. options: of `generate`."""
     options |= {"n": 1, "longest": model.config.max_position_embeddings, "words": encoder.words}
     for i, outputs in sample_outputs(model, encoder, todo, flags, **options):
-        completion = outputs[0] if outputs else None
-        ids = completion.ids if completion else []
-        output = encoder.decode(ids)
+        completion = outputs[0] if outputs else Completion([], [])
+        output = encoder.decode(completion.ids)
         verdict = parse(output)
         offsets = verdict.label_offsets
         prediction = {
             "output": output,
-            "n_tokens": len(ids),
-            "finished": bool(completion and completion.finished),
+            "n_tokens": len(completion.ids),
+            "finished": completion.finished,
             "format_ok": verdict.format_ok,
             "request_pred": verdict.request,
             "request_p": p_harmful(encoder, completion, offsets[0]),
@@ -298,13 +297,12 @@ def open_folder(folder: Path, flags: data.Flags, ranks: Ranks) -> None:
     if folder.exists() and any(folder.iterdir()) and not path.exists():
         raise InputError(f"{folder} holds files of something else; choose another --out")
     if flags.fresh:
-        for file in (*files, folder / "predictions.jsonl", folder / "results.json"):
-            file.unlink(missing_ok=True)
+        for file in files:  # `collect` drops the rest
+            file.unlink()
     elif files:
-        changed = ", ".join(data.changed(data.read_json(path), settings))
-        if changed:
-            advice = "choose another --out, or drop them with --fresh"
-            raise InputError(f"{folder}: its records were made with another {changed}; {advice}")
+        if changed := data.changed(data.read_json(path), settings):
+            problem = f"its records were made with another {', '.join(changed)}"
+            raise InputError(f"{folder}: {problem}; choose another --out, or --fresh drops them")
         for file in files:
             data.write_samples(file, data.read_records(file))  # without a torn last line
     data.write_atomic(path, json.dumps(settings, indent=1) + "\n")

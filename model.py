@@ -10,9 +10,9 @@ that differ by less than bfloat16 can tell.
 
 T  tokens of a row          D  hidden size           N  prompts that are being answered
 S  supervised tokens        H  heads                 B  branches: completions being generated
-P  patches of images        K  key-value heads       R  slots of a cache: one per prompt or branch
-V  vocabulary               d  size of a head        C  capacity of a slot, in tokens
-(These letters are the code's; the paper's R, S and K_i are other things.)
+P  patches of images        K  key-value heads       C  capacity of the cache, in tokens of a branch
+V  vocabulary               d  size of a head
+(These letters are the code's; the paper's S and K_i are other things.)
 
     python -c "import model as m; print(m.outline(m.locate('Qwen/Qwen2.5-VL-3B-Instruct')))"
 """  # noqa: E501
@@ -22,7 +22,6 @@ import math
 import os
 import random
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -210,27 +209,6 @@ def has_varlen(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def varlen_attention(
-    q, k, v, ends: tuple, longest: tuple, causal: bool = False, used: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of packed queries [., H, d] to packed keys and values [., K, d] in one kernel.
-
-    ends, longest: of the sequences, a pair: queries, keys. used: how many keys of each count.
-    Returns [., H, d], and the logarithms of the softmaxes' normalisers [., H].
-    """
-    # Importing it takes more than a second, and only CUDA needs it.
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    out, lse = varlen_attn(
-        *(q, k, v, *ends, *longest),
-        window_size=(-1, 0) if causal else (-1, -1),  # (-1, 0) is causal, aligned to the last key
-        seqused_k=used,
-        return_aux=AuxRequest(lse=True),
-        enable_gqa=True,
-    )
-    return out, lse.T
-
-
 class PackedAttention:
     """Attention over one packed row of segments, each of which sees itself and its prefix.
 
@@ -274,8 +252,13 @@ class PackedAttention:
             # completions send to a token of their prompt.
             k, v = (x.float().index_select(0, self.key_tokens).to(x.dtype) for x in (k, v))
         if has_varlen(q):
+            # Importing it takes more than a second, and only CUDA needs it.
+            from torch.nn.attention.varlen import varlen_attn
+
             longest = max(self.lengths), max(self.key_lengths)
-            return varlen_attention(q, k, v, self.ends, longest, self.causal)[0]
+            window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal, by the last key
+            options = {"window_size": window, "enable_gqa": True}
+            return varlen_attn(q, k, v, *self.ends, *longest, **options)
         outputs = []
         parts = zip(q.split(self.lengths), k.split(self.key_lengths), v.split(self.key_lengths))
         for part in parts:
@@ -571,10 +554,6 @@ class QwenVL(nn.Module):
         logprobs, entropies = zip(*scores)
         return torch.cat(logprobs), torch.cat(entropies)
 
-    def logits(self, row: Row) -> Tensor:
-        """Logits [T, V] of every token: for tests and short rows only."""
-        return F.linear(self.hidden(row).float(), self.head.float())
-
     def hidden(self, row: Row, attention: Callable | None = None) -> Tensor:
         """Final hidden states [T, D] of a packed row, by the row's own attention unless another one
         is given."""
@@ -590,19 +569,13 @@ class QwenVL(nn.Module):
 
     def embed(self, row: Row) -> Tensor:
         """Token embeddings [T, D], with the image tokens replaced by what the vision tower saw."""
-        is_image = row.ids == self.config.image_token_id  # [T]
-        image_tokens = is_image.nonzero().squeeze(1)
-        patches = sum(math.prod(grid) for grid in row.grids)
-        features = patches // self.config.vision.spatial_merge_size**2
-        if len(image_tokens) != features:
-            found = f"{len(image_tokens)} image tokens in the row"
-            raise ValueError(f"{found}, but its images give {features} features")
         x = self.model.embed_tokens(row.ids.to(self.device))
         if self.compute is not None:
             x = x.to(self.compute)  # the residual stream is in it, as FSDP has it
         if row.grids:
             images = self.visual(row.pixels.to(self.device), row.grids)  # [P / 4, D]
-            return x.index_copy(0, image_tokens.to(self.device), images.to(x.dtype))
+            places = (row.ids == self.config.image_token_id).nonzero().squeeze(1)  # [P / 4]
+            return x.index_copy(0, places.to(self.device), images.to(x.dtype))
         if self.sharded:
             # Every rank must take part in the tower's collectives: one blank cell, with weight 0.
             blank = torch.zeros(4, 1176, device=self.device)
@@ -645,9 +618,10 @@ class Prompt:
 
 
 NUCLEUS_TOKENS = 1024  # top-p looks at so many of the likeliest tokens: sorting all costs much more
-ENDED_SHARE = 1 / 8  # Branches that have ended are dropped when they are so much of the batch.
+ENDED_SHARE = 1 / 8  # branches that have ended are dropped when they are so much of the batch
 CACHE_SHARE = 0.6  # of a GPU's free memory for keys and values; the rest is for prefills and logits
 PREFILL_TOKENS = 8192  # of prompts, about, that are encoded in one forward pass
+CACHE_STEP = 64  # tokens by which the cache grows
 
 
 @torch.no_grad()
@@ -667,7 +641,7 @@ def generate(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Sample n completions of every prompt; yields (key, completions) as prompts finish.
 
-    Every completion counts at its longest in the caches; a prompt that does not fit runs alone.
+    Every completion counts at its longest in the cache; a prompt that does not fit runs alone.
     Random numbers are those of (seed, key, number of the completion): what a prompt gets does not
     depend on its neighbours, on batching or on the number of ranks (on CUDA in distribution only:
     kernels choose by shape, last bits differ, and then tokens). InputError if logits are not
@@ -715,52 +689,47 @@ def sample_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 class DecodeBatch:
-    """B branches of N prompts, sorted by prompt. Each prompt's keys and values exist once; each
-    branch adds those of its own tokens. With two branches of one prompt and one of another:
+    """B branches, which grow by one token a step. A prompt is encoded once; its keys and values are
+    copied to a slot of the cache for each of its branches, whose own follow. With two branches of
+    one prompt and one of another:
 
-        keys in prompt_cache [N, C, K, d]       in own_cache [B, C, K, d]
-          slot 0: p p p p .                       slot 0: a a .
-                                                  slot 1: b b b
-          slot 1: q q q q q                       slot 2: c . .
+        slot 0: p p p p a a . .
+        slot 1: p p p p b b b .
+        slot 2: q q q q q c . .
 
-    A branch's query attends to its own slot and to its prompt's; `attention` joins the two. All
-    else is known to the host. A branch that has ended repeats its last step until it is dropped.
+    A branch that has ended repeats its last step until it is dropped.
     """
 
     def __init__(self, model: QwenVL, prompts, n, max_new_tokens, seed, max_branches):
         """The arguments are those of `generate`."""
         self.model, self.n, self.max_new_tokens, self.seed = model, n, max_new_tokens, seed
         self.max_branches = max_branches
-        self.head = model.head.float()  # as in QwenVL.forward
-        self.cache_tokens = free_cache_tokens(model)  # of both caches
+        self.cache_tokens = free_cache_tokens(model)
         self.queue = iter(prompts)
         self.upcoming = next(self.queue, None)  # the first (key, row) that is not in the batch yet
-        self.prompts: list[Prompt] = []
         self.branches: list[tuple[Prompt, Completion]] = []
-        self.hidden: Tensor | None = None  # [B, D] of the newest tokens: the next are drawn from it
-        self.prompt_cache, self.own_cache = KVCache(model), KVCache(model)
+        self.head = model.head.float()  # as in QwenVL.forward
+        config, of_type = model.config, model.head.new_zeros
+        no_slots = of_type(2, 0, config.num_key_value_heads, 0, config.head_dim)
+        self.cache = [no_slots] * config.num_hidden_layers  # keys and values, each [2, B, K, C, d]
+        self.hidden = of_type(0, config.hidden_size)  # [B, D] of the newest tokens
 
     def has_room(self) -> bool:
         """Whether the upcoming prompt fits with all its completions at their longest, into slots as
         long as the longest prompt's. Alone it always does."""
         branches = len(self.branches) + self.n
-        lengths = [len(self.upcoming[1]), *(prompt.length for prompt in self.prompts)]
-        tokens = len(lengths) * max(lengths) + branches * self.max_new_tokens
+        longest = max([len(self.upcoming[1]), *(prompt.length for prompt, _ in self.branches)])
+        tokens = branches * (longest + self.max_new_tokens)
         fits = branches <= self.max_branches and tokens <= self.cache_tokens
         return fits or not self.branches
 
     def drop_ended(self) -> None:
-        """Drop branches that have ended, and prompts of which none is left. That copies the caches,
-        so it waits until they are many."""
+        """Drop branches that have ended. That copies the cache, so it waits until they are many."""
         kept = [i for i, (_, completion) in enumerate(self.branches) if completion.running]
-        if not self.branches or len(kept) > (1 - ENDED_SHARE) * len(self.branches):
-            return
-        self.hidden = self.hidden[torch.tensor(kept, dtype=torch.long, device=self.model.device)]
-        self.branches = [self.branches[i] for i in kept]
-        unanswered = {prompt for prompt, _ in self.branches}
-        kept_prompts = [i for i, prompt in enumerate(self.prompts) if prompt in unanswered]
-        self.prompts = [self.prompts[i] for i in kept_prompts]
-        self.fit_caches(kept_prompts, kept)
+        if len(kept) <= len(self.branches) * (1 - ENDED_SHARE):
+            self.branches = [self.branches[i] for i in kept]
+            self.hidden = self.hidden[torch.tensor(kept, dtype=torch.long).to(self.hidden.device)]
+            self.fit_cache(kept)
 
     def add_prompts(self) -> None:
         """Take as many prompts as there is room for, in their order, and encode some at a time."""
@@ -771,42 +740,44 @@ class DecodeBatch:
                 streams = [random.Random(f"{self.seed} {key} {i}").random for i in range(self.n)]
                 completions = [Completion([], [], random=stream) for stream in streams]
                 prompt = Prompt(key, len(row), row.next_position, completions)
-                self.prompts.append(prompt)
                 self.branches += [(prompt, completion) for completion in completions]
                 rows.append(row)
                 self.upcoming = next(self.queue, None)
             self.prefill(rows)
 
-    def fit_caches(self, old_prompts: Sequence[int], old_branches: Sequence[int]) -> None:
-        """A slot for every prompt and every branch: first these old slots, in order, then empty
-        ones, for the new prompts and branches at the ends of the lists."""
-        lengths = [prompt.length for prompt in self.prompts]
-        queries = Counter(prompt for prompt, _ in self.branches)
-        self.prompt_cache.resize(old_prompts, list(queries.values()), max(lengths, default=0))
-        self.prompt_cache.set_lengths(lengths)
-        count = len(self.branches)
-        self.own_cache.resize(old_branches, [1] * count, self.own_cache.capacity)
-        self.slots = torch.arange(count, device=self.model.device)
+    def fit_cache(self, kept: Sequence[int]) -> None:
+        """A slot for every branch, with room for more than the longest has so far: first the slots
+        `kept` of before, then empty ones. Layer by layer: two whole caches never exist."""
+        longest = max([prompt.length + len(c.ids) for prompt, c in self.branches], default=0)
+        self.capacity = (longest // CACHE_STEP + 1) * CACHE_STEP
+        new_slots, device = len(self.branches) - len(kept), self.model.device
+        kept = torch.tensor(kept, dtype=torch.long).to(device)
+        for i, layer in enumerate(self.cache):
+            old = layer[:, kept, :, : self.capacity]
+            new_tokens = self.capacity - old.shape[3]
+            self.cache[i] = F.pad(old, (0, 0, 0, new_tokens, 0, 0, 0, new_slots))
+        self.slots = torch.arange(len(self.branches), device=device)  # [B]
+        self.places = torch.arange(self.capacity, device=device)  # [C]
 
     def prefill(self, rows: list[Row]) -> None:
         """Encode the newest prompts, whose rows these are, so that their branches can start."""
         # 1. One forward pass over all rows, packed, whose keys and values go to the cache.
         row, device = Row.join(*rows), self.model.device
-        lengths, first = [len(row) for row in rows], len(self.prompts) - len(rows)
-        self.fit_caches(range(first), range(len(self.branches) - self.n * len(rows)))
+        lengths, first = [len(row) for row in rows], len(self.branches) - self.n * len(rows)
+        self.fit_cache(range(first))
         packed_attention = PackedAttention.of_row(row, device)
 
         def recording(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-            slots = self.prompt_cache.layers[layer][:, first:].unbind(1)  # each [2, C, K, d]
-            for slot, new in zip(slots, torch.stack([k, v]).split(lengths, dim=1)):
-                slot[:, : new.shape[1]] = new
+            slots = self.cache[layer][:, first:].split(self.n, dim=1)  # of each prompt
+            keys_and_values = torch.stack([k, v]).transpose(1, 2)  # [2, K, T, d]
+            for slot, new in zip(slots, keys_and_values.split(lengths, dim=2)):
+                slot[:, :, :, : new.shape[2]] = new[:, None]
             return packed_attention(q, k, v)
 
         hidden = self.model.hidden(row, recording)  # [T, D]
         # 2. Branches start at the prompts' last tokens.
         last = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(self.n)  # [new branches]
-        hidden = hidden[last.to(device)]
-        self.hidden = hidden if self.hidden is None else torch.cat([self.hidden, hidden])
+        self.hidden = torch.cat([self.hidden, hidden[last.to(device)]])
 
     def draw(self, temperature: float, top_p: float, banned, words) -> list[list[float]]:
         """The next token of every branch, its log-probability and, with words, P(harmful).
@@ -849,38 +820,33 @@ class DecodeBatch:
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder: one position further."""
-        model, lengths = self.model, [len(completion.ids) for _, completion in self.branches]
-        if max(lengths) > self.own_cache.capacity:
-            capacity = min(max(64, 2 * max(lengths)), self.max_new_tokens)
-            self.own_cache.resize(range(len(lengths)), [1] * len(lengths), capacity)
-        self.own_cache.set_lengths(lengths)
-        newest = [
-            (completion.ids[-1], len(completion.ids) - 1, prompt.next_position)
-            for prompt, completion in self.branches
-        ]
+        model, newest = self.model, []
+        for prompt, completion in self.branches:
+            before = len(completion.ids) - 1  # of the branch's own tokens
+            place, position = prompt.length + before, prompt.next_position + before
+            newest.append((completion.ids[-1], place, position))
+        if max(place for _, place, _ in newest) >= self.capacity:
+            self.fit_cache(range(len(newest)))
         # The host has just waited for the device, so this copy waits for nothing.
         newest = torch.tensor(newest).to(model.device, non_blocking=True)
-        token, self.index, first_position = newest.unbind(1)  # each [B]
+        token, self.place, position = newest.unbind(1)  # each [B]
+        # What attention adds to its scores: nothing where a token is, else minus infinity.
+        is_empty = self.places > self.place[:, None]  # [B, C]
+        self.mask = torch.zeros_like(is_empty, dtype=self.hidden.dtype)
+        self.mask = self.mask.masked_fill(is_empty, -math.inf)[:, None, None]  # [B, 1, 1, C]
         x = model.model.embed_tokens(token)  # [B, D]
-        cos, sin = model.rope((first_position + self.index).expand(3, -1))
+        cos, sin = model.rope(position.expand(3, -1))
         for layer in model.model.layers:
             x = layer(x, cos, sin, self.attention)
         self.hidden = model.model.norm(x)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d].
-
-        A branch attends to its prompt and to its own tokens in two softmaxes with normalisers Z_p
-        and Z_o. One softmax over both is their mean, weighted by Z_p / (Z_p + Z_o), which is
-        sigmoid(log Z_p - log Z_o).
-        """
-        newest = torch.stack([k, v])  # [2, B, K, d]
-        self.own_cache.layers[layer][:, self.slots, self.index] = newest
-        own_out, own_lse = self.own_cache.attend(q, layer)
-        prompt_out, prompt_lse = self.prompt_cache.attend(q, layer)
-        weight = torch.sigmoid(prompt_lse - own_lse)[..., None]
-        # In float32: a part of small weight counts to many digits, too.
-        return torch.lerp(own_out.float(), prompt_out.float(), weight).to(q.dtype)
+        """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d]."""
+        cache = self.cache[layer]
+        cache[:, self.slots, :, self.place] = torch.stack([k, v], dim=1)
+        # The heads that share a key head stand as so many queries of it.
+        queries = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, d]
+        return F.scaled_dot_product_attention(queries, *cache, self.mask).flatten(1, 2)
 
 
 def free_cache_tokens(model: QwenVL) -> int:
@@ -892,83 +858,6 @@ def free_cache_tokens(model: QwenVL) -> int:
     free = torch.cuda.mem_get_info(device)[0] + unused
     of_a_layer = 2 * config.num_key_value_heads * config.head_dim * model.head.itemsize  # bytes
     return max(1, int(CACHE_SHARE * free) // (config.num_hidden_layers * of_a_layer))
-
-
-class KVCache:
-    """Keys and values of R sequences, a slot each, and the attention of B queries, each to a slot.
-
-    layers: keys and values of every layer [2, R, C, K, d]. What lies beyond a slot's length never
-    counts. The queries of a slot are neighbours; in the prompts' cache above, queries 0 and 1
-    attend to slot 0 and query 2 to slot 1.
-    """
-
-    def __init__(self, model: QwenVL):
-        self.head = model.head  # whose type and device the caches have
-        self.heads, self.size = model.config.num_key_value_heads, model.config.head_dim
-        self.capacity = 0
-        self.layers = [self.zeros(0, 0)] * model.config.num_hidden_layers
-
-    def zeros(self, slots: int, capacity: int) -> Tensor:
-        """A layer, in memory as attention reads it: token after token for the kernel, all tokens of
-        a key head together for the plain formula, which would copy it otherwise."""
-        if has_varlen(self.head):
-            return self.head.new_zeros(2, slots, capacity, self.heads, self.size)
-        return self.head.new_zeros(2, slots, self.heads, capacity, self.size).transpose(2, 3)
-
-    def resize(self, kept: Sequence[int], queries: list[int], capacity: int) -> None:
-        """Have a slot for each of `queries`, the numbers of queries that attend to it, the first of
-        them the slots `kept` of before. Layer by layer: two whole caches never exist."""
-        device, slots = self.head.device, len(queries)
-        chosen = torch.tensor(kept, dtype=torch.long, device=device)
-        for i, layer in enumerate(self.layers):
-            old = layer[:, chosen, :capacity]
-            self.layers[i] = self.zeros(slots, capacity)
-            self.layers[i][:, : len(kept), : old.shape[2]] = old
-        self.capacity, self.most_queries = capacity, max(queries, default=0)
-        self.ends = boundaries(queries, device), boundaries([capacity] * slots, device)
-        # The plain formula wants equally many queries for each slot, and pads them: of slots with 2
-        # and 1 queries these are numbers 0, 1 and 2 of 4.
-        self.places = None
-        if len(set(queries)) > 1:
-            is_used = torch.arange(self.most_queries) < torch.tensor(queries)[:, None]
-            self.places = is_used.flatten().nonzero().squeeze(1).to(device)  # [B]
-
-    def set_lengths(self, lengths: list[int]) -> None:
-        """How many keys of each slot count [R]."""
-        counts = torch.tensor(lengths, dtype=torch.int32)
-        self.lengths = counts.to(self.head.device, non_blocking=True)
-        self.longest, self.masked_keys = max(lengths, default=0), None
-        if len(set(lengths)) > 1 and not has_varlen(self.head):
-            tokens = torch.arange(self.longest, device=self.head.device)
-            self.masked_keys = tokens >= self.lengths.view(-1, 1, 1, 1)  # [R, 1, 1, longest]
-
-    def attend(self, q: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """softmax(q k / sqrt(d)) v of queries q [B, H, d] over keys and values of a layer: [B, H,
-        d] in q's type, and the logarithms of the softmaxes' normalisers [B, H], float32."""
-        keys, values = self.layers[layer]  # [R, C, K, d]
-        if has_varlen(q):
-            longest = self.most_queries, self.longest
-            packed = q, keys.flatten(0, 1), values.flatten(0, 1)
-            return varlen_attention(*packed, self.ends, longest, used=self.lengths)
-        # Written out, in float32: Q queries of every slot, G heads of each for a key head.
-        queries = q.float() * self.size**-0.5
-        if self.places is not None:
-            padded = queries.new_zeros(len(keys) * self.most_queries, *q.shape[1:])
-            queries = padded.index_copy_(0, self.places, queries)
-        queries = queries.view(len(keys), self.most_queries, self.heads, -1, self.size)
-        queries = queries.transpose(1, 2)  # [R, K, Q, G, d]
-        keys = keys[:, : self.longest].transpose(1, 2).float()  # [R, K, t, d]
-        values = values[:, : self.longest].transpose(1, 2).float()
-        scores = queries.flatten(2, 3) @ keys.mT  # [R, K, Q * G, t]
-        if self.masked_keys is not None:
-            scores.masked_fill_(self.masked_keys, float("-inf"))
-        out = (scores.softmax(-1) @ values).view(queries.shape)  # [R, K, Q, G, d]
-        lse = scores.logsumexp(-1).view(queries.shape[:-1])
-        out = out.transpose(1, 2).reshape(-1, *q.shape[1:])  # [R * Q, H, d]
-        lse = lse.transpose(1, 2).reshape(-1, q.shape[1])
-        if self.places is not None:
-            out, lse = out[self.places], lse[self.places]
-        return out.to(q.dtype), lse
 
 
 # ---------------------------------------------------------------------------------- checkpoints
@@ -1155,12 +1044,10 @@ def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
 
 
 def shard(model: QwenVL, ranks: Ranks) -> QwenVL:
-    """The model as it trains: float32 master weights on the rank's device. They are moved and
-    converted block by block, so that beside a GPU no float32 copy exists on the host. With several
-    ranks (FSDP2) the parameters, gradients and optimizer state of every block are cut over the
-    ranks, and gathered while it computes; gradients are reduced in float32."""
-    model.compute = ranks.compute
-    model.sharded = ranks.world > 1
+    """The model, whose float32 weights lie on the rank's device, as it trains: it computes in the
+    ranks' type. With several ranks (FSDP2) the parameters, gradients and optimizer state of every
+    block are cut over them, and gathered while it computes; gradients are reduced in float32."""
+    model.compute, model.sharded = ranks.compute, ranks.world > 1
     if model.sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1169,12 +1056,7 @@ def shard(model: QwenVL, ranks: Ranks) -> QwenVL:
         policy = MixedPrecisionPolicy(
             param_dtype=ranks.compute, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for block in [*model.visual.blocks, *model.model.layers, model]:
-        for parameter in block.parameters():
-            # Not those of blocks within it, which have had their turn.
-            if parameter.device != ranks.device or parameter.dtype != torch.float32:
-                parameter.data = parameter.data.to(ranks.device).float()
-        if model.sharded:
+        for block in [*model.visual.blocks, *model.model.layers, model]:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     return model
 

@@ -197,7 +197,7 @@ def usable_samples(
 
 def load_for_training(flags, ranks: Ranks) -> tuple[QwenVL, Encoder]:
     """The model (float32 master weights, sharded over the ranks) and its encoder."""
-    model = load(flags.model)
+    model = load(flags.model, ranks.device, torch.float32)
     freeze(model, flags.freeze)
     model.checkpointing = model.visual.checkpointing = flags.checkpointing
     encoder = Encoder(flags.model, flags.instruction, flags.min_pixels, flags.max_pixels)

@@ -9,7 +9,7 @@ a shape and no contents (FakeTensorMode), while a Ledger counts the bytes that a
 adds what such a run cannot show:
 - weights, gradients and AdamW's moments: 16 bytes for a parameter that trains, 4 for a frozen one;
 - several ranks (FSDP2): these bytes / ranks, and what is whole for a time (see `update`);
-- sampling: the caches, at their worst case or as far as the sampler's share of free memory allows.
+- sampling: the cache, at its worst case or as far as the sampler's share of free memory allows.
 Not in it: what the kernels of a card take for themselves, and that CUDA's autocast computes norms in
 float32.
 
@@ -207,17 +207,18 @@ def update(config: Config, traffic: Traffic, flags, world: int) -> tuple[int, in
 # ------------------------------------------------------------------------------ sampling
 
 
-def cache_bytes(config: Config, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens."""
+def cache_bytes(config: Config, branches: int, tokens: int) -> int:
+    """Bytes of the keys and values of so many branches of so many tokens."""
     of_a_layer = 2 * config.num_key_value_heads * config.head_dim * COMPUTE.itemsize
-    return tokens * of_a_layer * config.num_hidden_layers
+    slot = (tokens // qwen.CACHE_STEP + 1) * qwen.CACHE_STEP
+    return branches * slot * of_a_layer * config.num_hidden_layers
 
 
 @cache
 def sampling_work(
     config: Config, traffic: Traffic, prompts: int, n: int, temperature: float, top_p: float
 ) -> tuple[int, int]:
-    """Bytes that sampling takes beside weights, the head in float32 and caches, with so many prompts:
+    """Bytes that sampling takes beside weights, the head in float32 and the cache, with so many prompts:
     until the first tokens are drawn, and in the step after that."""
     with card() as ledger:
         model, row = build(config, COMPUTE), prompt_row(config, traffic)
@@ -231,26 +232,26 @@ def sampling_work(
         rows = enumerate([row] * prompts)
         for _ in qwen.generate(model, rows, n, 2, temperature, top_p, **how):
             pass
-    known = 4 * model.head.numel() + cache_bytes(config, prompts * traffic.prompt)
-    return peaks[0] - known, peaks[1] - known - cache_bytes(config, prompts * n * 2)
+    known = 4 * model.head.numel() + cache_bytes(config, prompts * n, traffic.prompt)
+    return peaks[0] - known, peaks[1] - known
 
 
 def rollout(config: Config, traffic: Traffic, flags, n: int) -> dict[str, int]:
     """Bytes while sampling n completions a prompt: weights, with the head once more in float32; work of
-    prefill and decode beside the caches; the caches of the prompts, and with all that the branches may
-    write; and the least of caches: of one prompt, the longest, with its branches."""
+    prefill and decode beside the cache; the cache after the prefill, and with all that the branches may
+    write; and the least cache: of the branches of one prompt, the longest."""
     model, prompts = outline(config), max(1, flags.max_branches // n)
     how = n, flags.temperature, flags.top_p
     together = min(prompts, math.ceil(qwen.PREFILL_TOKENS / traffic.prompt))
     short = Traffic(prompt=16, side=0)  # all branches, over prompts that hardly take a place
-    own = n * flags.max_new_tokens  # tokens of a prompt's completions
+    own, longest = flags.max_new_tokens, getattr(flags, "max_prompt_tokens", 3072)
     return {
         "weights": COMPUTE.itemsize * sizes(model) + 4 * model.head.numel(),
         "prefill": sampling_work(config, traffic, together, *how)[0],
         "decode": sampling_work(config, short, prompts, *how)[1],
-        "prompts": cache_bytes(config, prompts * traffic.prompt),
-        "caches": cache_bytes(config, prompts * (traffic.prompt + own)),
-        "least": cache_bytes(config, getattr(flags, "max_prompt_tokens", 3072) + own),
+        "prompts": cache_bytes(config, prompts * n, traffic.prompt),
+        "cache": cache_bytes(config, prompts * n, traffic.prompt + own),
+        "least": cache_bytes(config, n, longest + own),
     }
 
 
@@ -264,21 +265,21 @@ FASTER = dict(checkpointing=False, pack_tokens=8192), ", `--no-checkpointing --p
 
 
 def sampling(config: Config, flags, training: float, card_size: float) -> tuple[float, float]:
-    """Peak in GiB, and the same with all caches at their worst case. Caches take up to
-    model.CACHE_SHARE of the memory that is free before, but always hold one prompt. Work comes on top;
-    when branches are dropped a layer of the caches is there three times. training: its GiB."""
+    """Peak in GiB, and the same with the cache at its worst case. It takes up to model.CACHE_SHARE of
+    the memory that is free before, but always holds one prompt. Work comes on top; when branches are
+    dropped a layer of the cache is there three times. training: its GiB."""
     n = getattr(flags, "group", getattr(flags, "samples", 1))
     found = {name: size / GIB for name, size in rollout(config, TYPICAL, flags, n).items()}
     fixed = training + found["weights"]
     share = qwen.CACHE_SHARE * (card_size - CONTEXT - fixed)
-    held = max(min(found["caches"], share), found["least"])
+    held = max(min(found["cache"], share), found["least"])
     dropping = 2 * held / config.num_hidden_layers
     work = max(found["prefill"], found["decode"], dropping)
-    return fixed + work + held, fixed + work + max(held, found["caches"])
+    return fixed + work + held, fixed + work + max(held, found["cache"])
 
 
 def cell(config: Config, stage: str, card_name: str, ranks: int, more: dict) -> str:
-    """The peak in GiB, in brackets what the caches would take at most, bold if it does not fit; a
+    """The peak in GiB, in brackets what the cache would take at most, bold if it does not fit; a
     small card is for inference only, and `more` flags are for training."""
     trains, card_size = stage in ("sft", "grpo update"), CARDS[card_name]
     if card_name == "24 GB" and stage not in ("augment", "evaluate") or more and not trains:

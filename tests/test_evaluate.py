@@ -361,7 +361,8 @@ def test_probabilities_equal_the_logits_before_the_label(guard, world, monkeypat
         ids, found = p["request_p"].ids, p["request_p"].p_harmful
         prompt = encoder.prompt(sample)
         with torch.no_grad():
-            logits = model.logits(prompt.extend([ids]))[len(prompt) - 1 : -1].double()
+            hidden = model.hidden(prompt.extend([ids]))[len(prompt) - 1 : -1]
+            logits = torch.nn.functional.linear(hidden, model.head).double()
         odds = logits.softmax(-1)[:, words]
         found = torch.tensor(found, dtype=torch.float64)
         torch.testing.assert_close(found, odds[:, 0] / odds.sum(-1), atol=1e-5, rtol=0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import reference_varlen  # noqa: F401  (registers the kernel by which the path of CUDA runs on a CPU)
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -135,6 +136,12 @@ def reference_logits(hf, row):
     return hf(**reference_inputs(row)).logits[0]
 
 
+@torch.no_grad()
+def full_logits(net, row):
+    """Logits [T, V] of every token of a row, by our model."""
+    return F.linear(net.hidden(row).float(), net.head.float())
+
+
 def full_scores(logits, row, temperature=1.0, banned=()):
     """(log-probabilities, entropies) [S] of the supervised tokens from full logits [T, V]."""
     before = torch.arange(len(row)) - 1  # the place that predicts each token
@@ -186,7 +193,7 @@ SAMPLES = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_logits_equal_transformers(back_end, pair, name):
     hf, mine = pair
-    assert_close(mine.logits(SAMPLES[name]), reference_logits(hf, SAMPLES[name]))
+    assert_close(full_logits(mine, SAMPLES[name]), reference_logits(hf, SAMPLES[name]))
 
 
 # ---- reading checkpoints
@@ -249,7 +256,9 @@ def test_every_layout_loads(pair, tmp_path, layout, naming, shards):
     hf, mine = pair
     tensors = naming(published_tensors(hf))
     again = ours.load(write_checkpoint(tmp_path, hf, layout, tensors, shards))
-    assert torch.equal(again.logits(SAMPLES["one image"]), mine.logits(SAMPLES["one image"]))
+    assert torch.equal(
+        full_logits(again, SAMPLES["one image"]), full_logits(mine, SAMPLES["one image"])
+    )
 
 
 @pytest.mark.parametrize("top", [True, False, None])
@@ -275,7 +284,7 @@ def test_beside_a_tied_config_the_head_may_only_be_an_equal_copy(tmp_path):
     tensors, row = published_tensors(hf), SAMPLES["text"]
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     mine = ours.load(write_checkpoint(tmp_path, hf, tensors=tensors))
-    assert_close(mine.logits(row), reference_logits(hf, row))
+    assert_close(full_logits(mine, row), reference_logits(hf, row))
     tensors["lm_head.weight"][7, 7] += 1e-3
     with pytest.raises(InputError, match="lm_head.weight is not .*tie_word_embeddings"):
         ours.load(write_checkpoint(tmp_path, hf, tensors=tensors))
@@ -325,7 +334,7 @@ def test_transformers_loads_what_we_save(pair, tmp_path, layout):
     assert not any(report.values()), report
     row = SAMPLES["two images"]
     assert torch.equal(reference_logits(back.eval(), row), reference_logits(hf, row))
-    assert torch.equal(ours.load(str(target)).logits(row), mine.logits(row))
+    assert torch.equal(full_logits(ours.load(str(target)), row), full_logits(mine, row))
 
 
 def test_weights_come_last_and_whole(net, tmp_path, monkeypatch):
@@ -502,47 +511,52 @@ def test_same_seed_same_tokens_however_batched(back_end, net):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_attention_equals_the_dense_one(back_end, net, dtype):
-    """Slots of different lengths, asked by one, two and three branches; normalisers included. Scores near 24
-    would be an eighth apart in bfloat16: they stay float32, as in the trainer's kernels."""
+def test_decoding_attention_equals_the_dense_one(net, dtype):
+    """Slots of different lengths. Scores near 24 would be an eighth apart in bfloat16: within the kernel they
+    stay float32."""
     draw = torch.Generator().manual_seed(0)
-    lengths, slot_of = [5, 1, 9], [0, 1, 1, 1, 2, 2]
-    shapes = (6, 4), (3, 12, 2), (3, 12, 2)
-    q, keys, values = (torch.randn(*shape, 16, generator=draw).to(dtype) for shape in shapes)
-    q *= 8
-    cache = ours.KVCache(copy.deepcopy(net).to(dtype))
-    cache.resize([], [1, 3, 2], keys.shape[1])
-    cache.layers[1].copy_(torch.stack([keys, values]))
-    cache.set_lengths(lengths)
-    out, lse = cache.attend(q, layer=1)
-    for i, slot in enumerate(slot_of):
-        k, v = (x[slot, : lengths[slot]].float().repeat_interleave(2, 1) for x in (keys, values))
-        scores = torch.einsum("hd,thd->ht", q[i].float(), k) / 4
-        dense = torch.einsum("ht,thd->hd", scores.softmax(-1), v)
-        assert_close(lse[i], scores.logsumexp(-1), atol=1e-5)
+    lengths, normal = [5, 1, 9], lambda *shape: torch.randn(*shape, 16, generator=draw).to(dtype)
+    q, k, v, cache = 8 * normal(3, 4), normal(3, 2), normal(3, 2), normal(2, 3, 2, 12)
+    batch = ours.DecodeBatch(copy.deepcopy(net).to(dtype), [], 1, 0, 0, 0)
+    batch.cache[1], batch.slots, batch.place = (
+        cache.clone(),
+        torch.arange(3),
+        torch.tensor(lengths) - 1,
+    )
+    seen = torch.arange(12) < torch.tensor(lengths)[:, None]
+    batch.mask = torch.zeros(3, 12, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None, None]
+    out = batch.attention(q, k, v, layer=1)
+    for i, length in enumerate(lengths):
+        before = cache[:, i, :, : length - 1].float()
+        keys, values = torch.cat([before, torch.stack([k, v])[:, i, :, None].float()], dim=2)
+        scores = torch.einsum("hd,htd->ht", q[i].float(), keys.repeat_interleave(2, 0)) / 4
+        dense = torch.einsum("ht,htd->hd", scores.softmax(-1), values.repeat_interleave(2, 0))
         assert_close(out[i].float(), dense, atol=1e-5 if dtype == torch.float32 else 8e-3)
 
 
-def test_the_caches_hold_no_more_than_they_may(net, monkeypatch):
-    """Among many short prompts a long one: it does not multiply, and the tokens are the same."""
+def test_the_cache_holds_no_more_than_it_may(net, monkeypatch):
+    """Among many short prompts a long one: the tokens are the same, and a cache that had to hold it is small
+    again afterwards."""
     prompts = [make_row(100 if i == 5 else 4, seed=i) for i in range(12)]
     want = tokens(collect(net, prompts, **SAMPLING))
-    most, real = [], ours.DecodeBatch.step
+    held, real = [], ours.DecodeBatch.step
 
     def step(self):
-        caches = self.prompt_cache, self.own_cache
-        held = [cache.layers[0][0].shape[:2].numel() for cache in caches]
-        most.append((sum(held), len(self.prompts)))
+        longest = max(prompt.length for prompt, _ in self.branches)
+        held.append((len(self.branches), longest, self.capacity))
         real(self)
 
     monkeypatch.setattr(ours.DecodeBatch, "step", step)
     monkeypatch.setattr(ours, "free_cache_tokens", lambda _: 400)
     assert tokens(collect(net, prompts, **SAMPLING)) == want
-    assert max(held for held, _ in most) <= 400 and max(count for _, count in most) >= 4
-    most.clear()
+    limit, n = SAMPLING["max_new_tokens"], SAMPLING["n"]
+    assert all(count * (longest + limit) <= 400 or count <= n for count, longest, _ in held)
+    assert max(count for count, *_ in held) >= 4 * n
+    assert {capacity for *_, capacity in held} == {64, 128} and held[-1][2] == 64
+    held.clear()
     monkeypatch.setattr(ours, "free_cache_tokens", lambda _: 1)
     assert tokens(collect(net, prompts, **SAMPLING)) == want
-    assert max(count for _, count in most) == 1  # one at a time, however small
+    assert max(count for count, *_ in held) == n  # one prompt at a time, however small
 
 
 def test_prompts_are_taken_as_slots_free_up(net):
@@ -581,7 +595,7 @@ def test_first_tokens_follow_the_distribution(net, options):
     draws, prompt = 4000, SAMPLES["one image"]
     group = collect(net, [prompt], n=draws, max_new_tokens=1, max_branches=1000, **options)[0]
     seen = torch.bincount(torch.tensor([made.ids[0] for made in group]), minlength=VOCAB)
-    logits = net.logits(prompt)[-1].detach() / options.get("temperature", 1.0)
+    logits = full_logits(net, prompt)[-1] / options.get("temperature", 1.0)
     logits[list(options.get("banned", []))] = -torch.inf
     want = smallest_set(logits.softmax(-1), options.get("top_p", 1.0))
     want *= draws / want.sum()

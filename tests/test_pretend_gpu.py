@@ -38,7 +38,7 @@ from data import Encoder, read_records, read_samples, write_samples
 
 # What things may cost in bfloat16, as measured; to be lowered when the code gets better. Of a decode
 # step of four branches of one prompt: launches in each layer and beside the layers, and waits.
-DECODING = (29, 38, 1)
+DECODING = (22, 38, 1)
 UPDATE_WAITS = 27  # of an update of GRPO: one row of two prompts, one of them with an image
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
