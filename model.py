@@ -709,10 +709,10 @@ class DecodeBatch:
         self.upcoming = next(self.queue, None)  # the first (key, row) that is not in the batch yet
         self.branches: list[tuple[Prompt, Completion]] = []
         self.head = model.head.float()  # as in QwenVL.forward
-        config, of_type = model.config, model.head.new_zeros
-        no_slots = of_type(2, 0, config.num_key_value_heads, 0, config.head_dim)
-        self.cache = [no_slots] * config.num_hidden_layers  # keys and values, each [2, B, K, C, d]
-        self.hidden = of_type(0, config.hidden_size)  # [B, D] of the newest tokens
+        config = model.config
+        empty = model.head.new_zeros(2, 0, config.num_key_value_heads, 0, config.head_dim)
+        self.cache = [empty] * config.num_hidden_layers  # keys and values, each [2, B, K, C, d]
+        self.hidden = model.head.new_zeros(0, config.hidden_size)  # [B, D] of the newest tokens
 
     def has_room(self) -> bool:
         """Whether the upcoming prompt fits with all its completions at their longest, into slots as
@@ -728,7 +728,6 @@ class DecodeBatch:
         kept = [i for i, (_, completion) in enumerate(self.branches) if completion.running]
         if len(kept) <= len(self.branches) * (1 - ENDED_SHARE):
             self.branches = [self.branches[i] for i in kept]
-            self.hidden = self.hidden[torch.tensor(kept, dtype=torch.long).to(self.hidden.device)]
             self.fit_cache(kept)
 
     def add_prompts(self) -> None:
@@ -752,12 +751,13 @@ class DecodeBatch:
         self.capacity = (longest // CACHE_STEP + 1) * CACHE_STEP
         new_slots, device = len(self.branches) - len(kept), self.model.device
         kept = torch.tensor(kept, dtype=torch.long).to(device)
+        self.hidden = self.hidden[kept]
         for i, layer in enumerate(self.cache):
             old = layer[:, kept, :, : self.capacity]
             new_tokens = self.capacity - old.shape[3]
             self.cache[i] = F.pad(old, (0, 0, 0, new_tokens, 0, 0, 0, new_slots))
         self.slots = torch.arange(len(self.branches), device=device)  # [B]
-        self.places = torch.arange(self.capacity, device=device)  # [C]
+        self.all_places = torch.arange(self.capacity, device=device)  # [C]
 
     def prefill(self, rows: list[Row]) -> None:
         """Encode the newest prompts, whose rows these are, so that their branches can start."""
@@ -831,7 +831,7 @@ class DecodeBatch:
         newest = torch.tensor(newest).to(model.device, non_blocking=True)
         token, self.place, position = newest.unbind(1)  # each [B]
         # What attention adds to its scores: nothing where a token is, else minus infinity.
-        is_empty = self.places > self.place[:, None]  # [B, C]
+        is_empty = self.all_places > self.place[:, None]  # [B, C]
         self.mask = torch.zeros_like(is_empty, dtype=self.hidden.dtype)
         self.mask = self.mask.masked_fill(is_empty, -math.inf)[:, None, None]  # [B, 1, 1, C]
         x = model.model.embed_tokens(token)  # [B, D]
