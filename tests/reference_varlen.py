@@ -6,8 +6,8 @@ compute in float32, one sequence after the other, with the whole matrix of score
 rather than fast. They refuse what the CUDA kernel (FlashAttention 2) refuses or silently computes
 wrongly, but take float32 as well, which lets a test compare results to many digits.
 
-T  query tokens    U  key tokens, with those of a slot that are not in use    N  sequences
-H  query heads     K  key heads                                               d  size of a head
+T  query tokens    H  query heads    d  size of a head
+U  key tokens      K  key heads
 
     import reference_varlen  # in a test; nothing else is to be done
 """
@@ -17,15 +17,12 @@ from torch import Tensor
 from torch.nn.attention import varlen  # noqa: F401  (it defines the two operators)
 
 
-def sequences(cu_seq_q: Tensor, cu_seq_k: Tensor, used: Tensor | None) -> list[tuple[slice, slice]]:
-    """For every sequence where its queries stand, and the keys that count: all of them from one end
-    to the next, or the first `used` ones."""
-    query_ends, key_ends = cu_seq_q.tolist(), cu_seq_k.tolist()
-    starts, stops = key_ends[:-1], key_ends[1:]
-    if used is not None:
-        stops = [start + count for start, count in zip(starts, used.tolist())]
-    queries = map(slice, query_ends[:-1], query_ends[1:])
-    return list(zip(queries, map(slice, starts, stops)))
+def sequences(cu_seq_q: Tensor, cu_seq_k: Tensor) -> list[tuple[slice, slice]]:
+    """For every sequence where its queries and its keys stand."""
+    queries, keys = (
+        map(slice, ends[:-1], ends[1:]) for ends in (cu_seq_q.tolist(), cu_seq_k.tolist())
+    )
+    return list(zip(queries, keys, strict=True))
 
 
 def visible(queries: int, keys: int, is_causal: bool) -> Tensor:
@@ -35,7 +32,8 @@ def visible(queries: int, keys: int, is_causal: bool) -> Tensor:
 
 
 def check(query, key, value, cu_seq_q, cu_seq_k, max_q: int, max_k: int, used, window) -> None:
-    """ValueError for what the CUDA kernel does not take, or would take and compute wrongly."""
+    """ValueError for what the CUDA kernel does not take, or would take and compute wrongly, and for what the
+    repository has no use of."""
 
     def require(right: bool, what: str) -> None:
         if not right:
@@ -44,20 +42,17 @@ def check(query, key, value, cu_seq_q, cu_seq_k, max_q: int, max_k: int, used, w
     require(query.dtype == key.dtype == value.dtype, "types")
     require(query.shape[2] % 8 == 0 and query.shape[2] <= 256, "head size")
     require(all(x.stride(-1) == 1 for x in (query, key, value)), "heads must be contiguous")
-    require(window in ([-1, -1], [-1, 0]), f"the reference knows no window {window}")
-    for index in (cu_seq_q, cu_seq_k, used):
-        right = index is None or index.dtype == torch.int32 and index.is_contiguous()
-        require(right, "lengths must be int32 and contiguous")
+    require(
+        used is None and window in ([-1, -1], [-1, 0]), f"the reference knows no window {window}"
+    )
+    for index in (cu_seq_q, cu_seq_k):
+        require(index.dtype == torch.int32 and index.is_contiguous(), "want int32, contiguous")
     require(len(cu_seq_q) == len(cu_seq_k), "as many sequences of queries as of keys")
     require(cu_seq_q[-1] == len(query), f"{len(query)} queries end at {cu_seq_q[-1]}")
-    slots = cu_seq_k.diff().tolist()
-    spans = sequences(cu_seq_q, cu_seq_k, used)
-    for (queries, keys), slot in zip(spans, slots, strict=True):
-        keys_used = keys.stop - keys.start
-        require(0 <= keys.start <= keys.stop <= len(key), f"{keys} of {len(key)} keys")
-        require(keys_used <= slot, f"{keys_used} keys are used of a slot of {slot}")
-        require(queries.stop - queries.start <= max_q, f"more queries than {max_q}")
-        require(keys_used <= max_k, f"more keys than {max_k}")
+    require(cu_seq_k[-1] == len(key), f"{len(key)} keys end at {cu_seq_k[-1]}")
+    require(max(cu_seq_q.diff()) <= max_q, f"more queries than {max_q}")
+    require(max(cu_seq_k.diff()) <= max_k, f"more keys than {max_k}")
+    require(all(cu_seq_q.diff() <= cu_seq_k.diff()), "a query without keys")
 
 
 @torch.library.register_kernel("torch_attn::_varlen_attn", "cpu")
@@ -66,20 +61,19 @@ def attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=Fal
               window_size=None, enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
     """query [T, H, d], key and value [U, K, d] -> output [T, H, d] in the query's type, the
     logarithms of the softmaxes' normalisers [H, T] in float32, and the state of a random generator
-    that is not used. A query without any key gets zero and, as on CUDA, the normaliser infinity."""
+    that is not used."""
     check(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, window_size)
     tokens, heads, size = query.shape
-    out, lse = torch.zeros(query.shape), torch.full((heads, tokens), float("inf"))
-    for queries, keys in sequences(cu_seq_q, cu_seq_k, seqused_k):
+    out, lse = torch.zeros(query.shape), torch.zeros(heads, tokens)
+    for queries, keys in sequences(cu_seq_q, cu_seq_k):
         seen = visible(queries.stop - queries.start, keys.stop - keys.start, is_causal)
-        some = seen.any(dim=1)  # queries that see a key
         # Every key head serves as many query heads, one after the other.
         repeats = heads // key.shape[1]
         k, v = (x[keys].float().repeat_interleave(repeats, dim=1) for x in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query[queries].float(), k) * size**-0.5
-        scores = scores.masked_fill(~seen, float("-inf"))[:, some]
-        out[queries][some] = torch.einsum("hqk,khd->qhd", scores.softmax(2), v)
-        lse[:, queries][:, some] = scores.logsumexp(2)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(2), v)
+        lse[:, queries] = scores.logsumexp(2)
     return out.to(query.dtype), lse, torch.zeros(2, dtype=torch.uint64)
 
 
@@ -89,14 +83,14 @@ def attention_backward(grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k
     """The gradients of query, key and value, each in its type."""
     heads, size = query.shape[1:]
     grads = [torch.zeros(x.shape) for x in (query, key, value)]
-    for queries, keys in sequences(cu_seq_q, cu_seq_k, None):
+    for queries, keys in sequences(cu_seq_q, cu_seq_k):
         seen = visible(queries.stop - queries.start, keys.stop - keys.start, is_causal)
         for head in range(heads):
             of_head = head // (heads // key.shape[1])
             q, grad, result = (x[queries, head].float() for x in (query, grad_out, out))
             k, v = (x[keys, of_head].float() for x in (key, value))
             scores = (q @ k.T * size**-0.5).masked_fill(~seen, float("-inf"))
-            weights = (scores - lse[head, queries, None]).exp()  # zero for a query without keys
+            weights = (scores - lse[head, queries, None]).exp()
             grad_scores = weights * (grad @ v.T - (grad * result).sum(dim=1, keepdim=True))
             grads[0][queries, head] += grad_scores @ k * size**-0.5
             grads[1][keys, of_head] += grad_scores.T @ q * size**-0.5
