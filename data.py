@@ -36,7 +36,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers.hf_argparser import HfArgumentParser
 
@@ -208,7 +208,8 @@ class Encoder:
         config = outline(folder).config
         self._load_tokenizer(folder, config)
         self._load_image_settings(folder, config, min_pixels, max_pixels)
-        saved, self.instruction = folder / "instruction.txt", INSTRUCTION
+        self.instruction = INSTRUCTION
+        saved = folder / "instruction.txt"
         if instruction or saved.is_file():
             file = Path(instruction or saved)
             with as_input_error(f"{file}: not UTF-8 text", UnicodeDecodeError):
@@ -373,10 +374,6 @@ class Encoder:
 
 
 FORMATS = "PNG JPEG MPO WEBP AVIF GIF BMP TIFF PPM".split()  # others, as EPS, start programs
-ORIENTATION = 0x0112  # the EXIF tag that says how to turn a picture
-TURNS = (
-    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
-)
 
 
 def open_image(path: AnyPath) -> Image.Image:
@@ -388,15 +385,12 @@ def open_image(path: AnyPath) -> Image.Image:
         is_long = max(image.size) > 200 * min(image.size)
         if image.format not in FORMATS or image.mode.startswith(("I", "F")) or is_long:
             raise ValueError(f"{image.format}, mode {image.mode}, {image.width} x {image.height}")
-        image.load()  # before the tag is read: TIFF turns itself, and drops it
-        orientation = image.getexif().get(ORIENTATION)
+        image.load()  # before it is turned: TIFF turns itself
+        image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if orientation in range(2, 9):  # 1 is upright; from 2 on they are those of TURNS
-            image = image.transpose(Image.Transpose[TURNS[orientation - 2]])
-        return image
+        return image.convert("RGB")
 
 
 def find_image(name: str, folder: Path) -> Path:
@@ -576,7 +570,8 @@ def check_inputs(flags) -> None:
     for path in (flags.model, *flags.data):
         if not Path(path).exists() and (path in made_by or path != flags.model):
             command = f"`python {made_by.get(path, 'data.py convert')}`"
-            raise InputError(f"there is no {path}: {command} makes it; or give --model and --data")
+            advice = f"{command} makes such a file; or give --model and --data"
+            raise InputError(f"there is no {path}: {advice}")
 
 
 def check_output(out: AnyPath, inputs: Iterable) -> None:
@@ -589,7 +584,7 @@ def check_output(out: AnyPath, inputs: Iterable) -> None:
 
 def cli(flags_class: type, main: Callable, arguments: list | None = None) -> None:
     """Run main with the flags of a dataclass. What a person can mend is one line on stderr and exit
-    code 2; Ctrl-C is 130. Under torchrun the process ends at once, which then ends the others."""
+    code 2; Ctrl-C is 130. Under torchrun a process that fails ends at once, and so all others."""
     sys.stdout.reconfigure(errors="replace")  # of what a screen cannot show; stderr does so itself
     about, _, _ = (sys.modules["__main__"].__doc__ or "").partition("\n\n")
     parser = HfArgumentParser(flags_class, allow_abbrev=False, usage=SUPPRESS, description=about)
@@ -917,8 +912,8 @@ def build_request(sample: Sample, flags: SynthesizeFlags) -> dict:
 
 
 def validate_answer(sample: Sample, answer: str) -> dict:
-    """The sample's record with an answer's reasoning and labels. InputError if the answer is unfit.
-    Where a label is not known, the word None is none."""
+    """The sample's record with an answer's reasoning and labels. InputError if the answer is unfit:
+    also if it says None where a label is wanted."""
     verdict = parse(answer)
     if not verdict.format_ok or not re.search(r"\bStep 1\b", verdict.reasoning):
         raise InputError("format: want a think block in numbered steps, then both labels")

@@ -172,9 +172,8 @@ def markdown_cell(value) -> str:
 
 def markdown(lines: list[dict], columns: Iterable[str]) -> str:
     """Columns of a table's lines as Markdown."""
-    table = [columns, ["---"] * len(columns)]
-    for line in lines:
-        table.append([markdown_cell(line.get(name)) for name in columns])
+    body = [[markdown_cell(line.get(name)) for name in columns] for line in lines]
+    table = [columns, ["---"] * len(columns), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
@@ -313,33 +312,35 @@ def collect(
 ) -> list[dict]:
     """The records of all samples, in order, and in predictions.jsonl; those that `folder` lacks are
     made now, by all ranks: make(model, encoder, {i: sample}, flags) yields (i, fields of a record),
-    in any order. Nothing is dropped from the files of the ranks."""
+    in any order."""
     wanted = [sample_fields(sample, folder) for sample in samples]
     # 1. What is there.
     if ranks.rank == 0:
         open_folder(folder, flags, ranks)
     ranks.barrier()
-    records = {}
-    for file in folder.glob("rank-*.jsonl"):
-        records |= {record["key"]: record for record in data.read_records(file)}
+    made_before = read_by_key(folder)
     # 2. What is missing in this rank's share, which no other rank touches.
     share = range(ranks.rank, len(wanted), ranks.world)
-    todo = {i: samples[i] for i in share if wanted[i]["key"] not in records}
+    todo = {i: samples[i] for i in share if wanted[i]["key"] not in made_before}
     if todo:  # a finished run needs no model; what is there of other data is not the result
         for name in ("predictions.jsonl", "results.json"):
             (folder / name).unlink(missing_ok=True)
-        made = make(*load_guard(flags, ranks), todo, flags)
-        for i, fields in data.progress(made, len(todo), "samples", show=ranks.rank == 0):
-            record = wanted[i] | fields
-            data.append_records(folder / f"rank-{ranks.rank}.jsonl", [record])
-            records[record["key"]] = record
+        new = make(*load_guard(flags, ranks), todo, flags)
+        for i, fields in data.progress(new, len(todo), "samples", show=ranks.rank == 0):
+            data.append_records(folder / f"rank-{ranks.rank}.jsonl", [wanted[i] | fields])
     # 3. All of them, with the labels of now.
-    gathered = ranks.gather([records[wanted[i]["key"]] for i in share])
-    records = {record["key"]: record for record in gathered}
-    records = [records[fields["key"]] | fields for fields in wanted]
+    ranks.barrier()
+    made = read_by_key(folder)
+    records = [made[fields["key"]] | fields for fields in wanted]
     if ranks.rank == 0:
         data.write_samples(folder / "predictions.jsonl", records)
     return records
+
+
+def read_by_key(folder: Path) -> dict[str, dict]:
+    """{key: record} of all that the ranks have written so far."""
+    files = folder.glob("rank-*.jsonl")
+    return {record["key"]: record for file in files for record in data.read_records(file)}
 
 
 def read_predictions(paths: Iterable[str | Path]) -> dict[tuple, dict]:
@@ -393,8 +394,7 @@ def main(flags: EvaluateFlags) -> None:
     ranks, out = start_ranks(flags.device, flags.dtype), Path(flags.out)
     if (flags.request, flags.response, flags.image) != (None, None, None):
         data.check_inputs(replace(flags, data=[]))
-        judge(flags, ranks)
-        return
+        return judge(flags, ranks)
     data.check_inputs(flags)
     data.check_output(out, [flags.model, *flags.data])
     with data.lock(out) if ranks.rank == 0 else nullcontext():

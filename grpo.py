@@ -85,7 +85,7 @@ class GRPOFlags(Flags):
     freeze: list[str] = option(["none"], "parts that do not train: vision, merger, decoder, none")
 
     pack_tokens: int = option(16384, "tokens per forward pass (ours: sets memory, not results)")
-    max_branches: int = option(256, "completions sampled at once on each rank (sets memory only)")
+    max_branches: int = option(256, "completions sampled at once on each rank (sets memory)")
     checkpointing: bool = option(True, "recompute activations in the backward pass")
 
     @property
@@ -120,7 +120,8 @@ class MicroBatch:
     row: Row
     advantages: Tensor  # [S]
     sampler_logprobs: Tensor  # [S]
-    # [S], of the same policy, as the trainer computes them. None: this forward pass itself does.
+    # log P_old [S], by the trainer, with the weights that sampled. None in the first mini-batch:
+    # its own forward pass gives them, as nothing has been updated yet.
     old_logprobs: Tensor | None = None
 
 
@@ -150,14 +151,11 @@ def policy_loss(
 ) -> tuple[Tensor, dict]:
     """Eq. (6), summed over S tokens: - min(K A, clip(K, 1 - B_s, 1 + B_s) A). All inputs are [S].
 
-    The caller divides by the tokens of the mini-batch. How much of a token's gradient passes:
-    - all, if K is within the clip range, bounds included (both sides of the minimum are then equal,
-      torch gives each half, and `clamp` lets its half pass);
-    - all, if K is outside, on the side that A pushes away from;
-    - none, if K is outside, on the side that A pushes to.
+    The caller divides by the tokens of the mini-batch. A token's gradient is zero if the update has
+    already gone far enough, (A > 0 and K > 1 + B_s) or (A < 0 and K < 1 - B_s), else whole. (Within
+    the range both sides of the minimum are equal: torch gives each half, and `clamp` passes its.)
     At B_s = 0, the last step of Eq. (7), the first mini-batch learns in full, since there K is 1 by
-    construction; in later ones tokens whose K has not moved, or against A (K < 1 with A > 0, or
-    K > 1 with A < 0).
+    construction; in later ones tokens whose K has not moved, or has moved against A.
 
     The metrics are sums over tokens that have an advantage.
     """
@@ -248,8 +246,7 @@ def update_policy(
     forward = partial(model, temperature=flags.temperature, banned=encoder.banned_ids)
 
     # 1. Cut the rollout batch into mini-batches of packed rows. All but the first need log P_old of
-    # Eq. (7) before the first update; in the first the policy is still the old one. (The sampler's
-    # own log-probabilities are rounded otherwise: metric logprob_diff_mean.)
+    # Eq. (7) before the first update. (The sampler's own are rounded otherwise: logprob_diff_mean.)
     minibatches = []  # of each, the batches of this rank, and the completion tokens of all ranks
     for start in range(0, flags.rollout_batch, flags.update_batch):
         chosen = [g for g in groups if start <= g.position < start + flags.update_batch]
@@ -364,8 +361,8 @@ def validate(policy, encoder, samples: list[Sample], flags: GRPOFlags, ranks: Ra
 
 
 def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
-    """Means over all outputs, or groups, of the rollout batch of all ranks: shares in [0, 1],
-    lengths in tokens. seconds: of sampling on this rank; the slowest rank counts for the speed."""
+    """Means over all outputs, or groups, of the rollout batch of all ranks; accuracies and shares
+    in [0, 1]. seconds: of sampling on this rank; the slowest rank counts for the speed."""
     completions = [completion for group in groups for completion in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
     stds = [torch.tensor([r.total for r in group.rewards]).std().item() for group in groups]
@@ -391,8 +388,8 @@ def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
 def update_metrics(
     losses: list[float], grad_norms: list[float], differences: list[float], sums: Counter, ranks
 ) -> dict:
-    """Means over the optimizer steps, and over the tokens of all ranks that have an advantage.
-    differences: between the log-probabilities of trainer and sampler, at each token."""
+    """Means over the optimizer steps, and over the tokens of all ranks that have an advantage; of
+    `differences`, between the log-probabilities of trainer and sampler, over all tokens."""
     metrics = {
         "loss": sum(losses) / len(losses),
         "grad_norm": sum(grad_norms) / len(grad_norms),

@@ -1,16 +1,16 @@
 """Qwen2.5-VL in plain PyTorch: packed rows, layers, log-probabilities, generation, checkpoints, ranks.
 
 In:  a Hugging Face checkpoint (directory or hub id), and rows of tokens and images (Row).
-Out: log-probabilities of supervised tokens (training), completions (generation), a checkpoint.
+Out: log-probabilities and entropies of supervised tokens (training), completions, a checkpoint.
 
 Training and prefill run over one flat row of tokens, without batch dimension or padding. The row is
 cut into segments. A segment attends causally to itself and, if it names a prefix segment, to all
 of that one. The head's logits are float32, whatever the weights are: Eq. (7) compares probabilities
 that differ by less than bfloat16 can tell.
 
-T  tokens of a row          D  hidden size           N  prompts that are being answered
-S  supervised tokens        H  heads                 B  branches: completions being generated
-P  patches of images        K  key-value heads       C  capacity of the cache, in tokens of a branch
+T  tokens of a row          D  hidden size           B  branches: completions being generated
+S  supervised tokens        H  heads                 C  capacity of the cache, in tokens of a branch
+P  patches of images        K  key-value heads       n  completions of a prompt
 V  vocabulary               d  size of a head
 (These letters are the code's; the paper's S and K_i are other things.)
 
@@ -474,7 +474,7 @@ def recomputed(enabled: bool, function: Callable, *inputs):
 
 
 def scale_logits(logits: Tensor, temperature: float, banned: tuple[int, ...]) -> Tensor:
-    """Logits [S, V] over the temperature, without the banned ids."""
+    """Logits [S, V] over the temperature, without the banned ids (in place at temperature 1)."""
     if temperature != 1:
         logits = logits / temperature
     # -inf would make the entropy NaN. The ids are few, and no index has to travel to the device.
@@ -643,9 +643,8 @@ def generate(
 
     Every completion counts at its longest in the cache; a prompt that does not fit runs alone.
     Random numbers are those of (seed, key, number of the completion): what a prompt gets does not
-    depend on its neighbours, on batching or on the number of ranks (on CUDA in distribution only:
-    kernels choose by shape, last bits differ, and then tokens). InputError if logits are not
-    finite.
+    depend on its neighbours, on batching or on the number of ranks, up to roundings (CUDA's kernels
+    differ by shape: last bits do, and then tokens). InputError if logits are not finite.
     """
     batch = DecodeBatch(model, prompts, n, max_new_tokens, seed, max_branches)
     while True:
@@ -697,7 +696,8 @@ class DecodeBatch:
         slot 1: p p p p b b b .
         slot 2: q q q q q c . .
 
-    A branch that has ended repeats its last step until it is dropped.
+    A place in a slot is not a position: behind an image that of M-RoPE is smaller. A branch that
+    has ended repeats its last step until it is dropped.
     """
 
     def __init__(self, model: QwenVL, prompts, n, max_new_tokens, seed, max_branches):
@@ -713,10 +713,12 @@ class DecodeBatch:
         empty = model.head.new_zeros(2, 0, config.num_key_value_heads, 0, config.head_dim)
         self.cache = [empty] * config.num_hidden_layers  # keys and values, each [2, B, K, C, d]
         self.hidden = model.head.new_zeros(0, config.hidden_size)  # [B, D] of the newest tokens
+        self.resize_cache([])
 
     def has_room(self) -> bool:
-        """Whether the upcoming prompt fits with all its completions at their longest, into slots as
-        long as the longest prompt's. Alone it always does."""
+        """Whether the cache would hold all completions, those of the upcoming prompt included, if
+        each grew to its limit. (All slots are as long as the longest.) Into an empty batch a prompt
+        always goes."""
         branches = len(self.branches) + self.n
         longest = max([len(self.upcoming[1]), *(prompt.length for prompt, _ in self.branches)])
         tokens = branches * (longest + self.max_new_tokens)
@@ -728,7 +730,7 @@ class DecodeBatch:
         kept = [i for i, (_, completion) in enumerate(self.branches) if completion.running]
         if len(kept) <= len(self.branches) * (1 - ENDED_SHARE):
             self.branches = [self.branches[i] for i in kept]
-            self.fit_cache(kept)
+            self.resize_cache(kept)
 
     def add_prompts(self) -> None:
         """Take as many prompts as there is room for, in their order, and encode some at a time."""
@@ -744,16 +746,17 @@ class DecodeBatch:
                 self.upcoming = next(self.queue, None)
             self.prefill(rows)
 
-    def fit_cache(self, kept: Sequence[int]) -> None:
-        """A slot for every branch, with room for more than the longest has so far: first the slots
-        `kept` of before, then empty ones. Layer by layer: two whole caches never exist."""
+    def resize_cache(self, old_slots: Sequence[int]) -> None:
+        """Make cache and hidden states fit self.branches. The first of them were there before, in
+        these slots; the others get empty ones. All slots have room for more tokens than the longest
+        branch has so far. Layer by layer: two whole caches never exist."""
         longest = max([prompt.length + len(c.ids) for prompt, c in self.branches], default=0)
         self.capacity = (longest // CACHE_STEP + 1) * CACHE_STEP
-        new_slots, device = len(self.branches) - len(kept), self.model.device
-        kept = torch.tensor(kept, dtype=torch.long).to(device)
-        self.hidden = self.hidden[kept]
+        new_slots, device = len(self.branches) - len(old_slots), self.model.device
+        old_slots = torch.tensor(old_slots, dtype=torch.long).to(device)
+        self.hidden = self.hidden[old_slots]
         for i, layer in enumerate(self.cache):
-            old = layer[:, kept, :, : self.capacity]
+            old = layer[:, old_slots, :, : self.capacity]
             new_tokens = self.capacity - old.shape[3]
             self.cache[i] = F.pad(old, (0, 0, 0, new_tokens, 0, 0, 0, new_slots))
         self.slots = torch.arange(len(self.branches), device=device)  # [B]
@@ -764,14 +767,15 @@ class DecodeBatch:
         # 1. One forward pass over all rows, packed, whose keys and values go to the cache.
         row, device = Row.join(*rows), self.model.device
         lengths, first = [len(row) for row in rows], len(self.branches) - self.n * len(rows)
-        self.fit_cache(range(first))
+        self.resize_cache(range(first))
         packed_attention = PackedAttention.of_row(row, device)
 
         def recording(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-            slots = self.cache[layer][:, first:].split(self.n, dim=1)  # of each prompt
+            """The row's attention; a prompt's keys and values go to the slots of its branches."""
+            slots = self.cache[layer][:, first:].split(self.n, dim=1)
             keys_and_values = torch.stack([k, v]).transpose(1, 2)  # [2, K, T, d]
-            for slot, new in zip(slots, keys_and_values.split(lengths, dim=2)):
-                slot[:, :, :, : new.shape[2]] = new[:, None]
+            for n_slots, new in zip(slots, keys_and_values.split(lengths, dim=2)):
+                n_slots[:, :, :, : new.shape[2]] = new[:, None]
             return packed_attention(q, k, v)
 
         hidden = self.model.hidden(row, recording)  # [T, D]
@@ -822,11 +826,11 @@ class DecodeBatch:
         """Run every branch's newest token through the decoder: one position further."""
         model, newest = self.model, []
         for prompt, completion in self.branches:
-            before = len(completion.ids) - 1  # of the branch's own tokens
-            place, position = prompt.length + before, prompt.next_position + before
+            cached = len(completion.ids) - 1  # of the branch's own tokens
+            place, position = prompt.length + cached, prompt.next_position + cached
             newest.append((completion.ids[-1], place, position))
         if max(place for _, place, _ in newest) >= self.capacity:
-            self.fit_cache(range(len(newest)))
+            self.resize_cache(range(len(newest)))
         # The host has just waited for the device, so this copy waits for nothing.
         newest = torch.tensor(newest).to(model.device, non_blocking=True)
         token, self.place, position = newest.unbind(1)  # each [B]

@@ -187,7 +187,7 @@ def usable_samples(
     target = "reasoning or a label" if complete else "a label"
     summary = (
         f"{', '.join(paths)}: {len(short)} samples; left out: {len(bad_rows)} bad rows, "
-        f"{len(samples) - len(usable)} without {target}, "
+        f"{len(samples) - len(usable)} lacking {target}, "
         f"{len(usable) - len(short)} of more than {most} tokens"
     )
     if paths and ranks.rank == 0:
@@ -256,7 +256,7 @@ def lockstep(batches: list, spare, ranks: Ranks) -> list:
 def backward(loss: Tensor, ranks: Ranks) -> None:
     """Add the gradients of a rank's share of the loss. The loss is a sum over the ranks, and FSDP
     takes the mean of their gradients: hence the factor."""
-    if loss.requires_grad:  # not so for a row without an image when the decoder is frozen
+    if loss.requires_grad:  # not so of a row without an image, if only the vision tower trains
         (loss * ranks.world).backward()
 
 
@@ -283,7 +283,7 @@ def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
 @contextmanager
 def started(flags) -> Iterator[Ranks]:
     """Check flags and folders, join the other ranks, and hold --out for this run alone. InputError
-    if --out holds what no run has written, or a run whose checkpoints are gone."""
+    if --out holds what no run has written, or a run whose checkpoints were removed."""
     data.check_inputs(flags)
     data.check_output(flags.out, [flags.model, *flags.data, *flags.validation])
     folder = Path(flags.out)
@@ -292,24 +292,25 @@ def started(flags) -> Iterator[Ranks]:
         names = {path.name for path in folder.glob("[!.]*")}
         if names and "run.json" not in names:
             raise InputError(f"{folder}: holds files, but not of a run; give another --out")
-        was_finished, has_begun = "model.safetensors" in names, "metrics.jsonl" in names
-        emptied = was_finished and not any(folder.glob("checkpoints/step-*"))
-        if (emptied or (has_begun and "checkpoints" not in names)) and not flags.fresh:
+        logged = data.read_records(folder / "metrics.jsonl") if "metrics.jsonl" in names else []
+        has_saved = "model.safetensors" in names or len(logged) > flags.save_every
+        if has_saved and not any(folder.glob("checkpoints/step-*")) and not flags.fresh:
             raise InputError(f"{folder}: a run whose checkpoints are gone; {Run.advice}")
         ranks.barrier()  # no rank goes on before rank 0 has the lock
         yield ranks
 
 
 class Run:
-    """A training run in the folder --out, which all nodes share. Rank 0 writes:
+    """A training run in the folder --out, which all nodes share:
 
     run.json        flags, fingerprint of the inputs, what was left out of them, versions
     metrics.jsonl   a line per step; rollouts.jsonl (of grpo.py) a line per group
     tensorboard/    the same as metrics.jsonl, where TensorBoard is installed
-    checkpoints/    step-N, the state after step N, by all ranks: the last two
+    checkpoints/    step-N, the state after step N: the last two
     """
 
-    # What changes no result but by roundings; and files, which the fingerprint knows by content.
+    # Flags that a resumed run may change: when to stop, save and evaluate; what changes results by
+    # roundings at most; and paths, whose files the fingerprint compares.
     may_change = {"out", "steps", "fresh", "save_every", "eval_every", "device", "pack_tokens"}
     may_change |= {"max_branches", "checkpointing", "model", "data", "validation", "instruction"}
     logs = ("metrics.jsonl", "rollouts.jsonl")
@@ -384,8 +385,7 @@ class Run:
         if self.ranks.rank == 0:
             (self.folder / "model.safetensors").unlink(missing_ok=True)  # of an earlier step
             partial_folder.rename(partial_folder.with_suffix(""))
-            whole = sorted(self.checkpoints.glob("step-*[0-9]"))
-            for folder in whole[:-2]:
+            for folder in sorted(self.checkpoints.glob("step-*[0-9]"))[:-2]:
                 shutil.rmtree(folder)
         self.ranks.barrier()
 

@@ -144,13 +144,12 @@ class OneOf:
     world: int = 1
     compute: str = "float32"
 
-    def barrier(self) -> None:
-        pass
+    met: int = 0
 
-    def gather(self, items: list) -> list:
-        if self.world > 1:  # the others have not come so far
+    def barrier(self) -> None:
+        self.met += 1
+        if self.world > 1 and self.met == 2:  # behind its records; the others have not come so far
             raise KeyboardInterrupt
-        return items
 
 
 @pytest.fixture

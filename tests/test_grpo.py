@@ -242,7 +242,7 @@ def test_the_screen_says_what_is_left_out_and_how_it_goes(world, run_flags, caps
     limits = dict(max_prompt_tokens=150, validation=[str(world / "easy.jsonl")], epochs=1.2)
     grpo.main(run_flags(data=[str(world / "some.jsonl")], **limits))
     out = capsys.readouterr().out
-    left_out = "0 bad rows, 1 without a label, 1 of more than 150 tokens"
+    left_out = "0 bad rows, 1 lacking a label, 1 of more than 150 tokens"
     assert f"some.jsonl: 10 samples; left out: {left_out}\n" in out
     before, _, second = [line for line in out.splitlines() if line.startswith("step")]
     assert re.fullmatch(r"step 0/2  val_f1 \S+", before)

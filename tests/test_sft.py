@@ -271,7 +271,7 @@ def test_what_is_left_out_is_counted_before_training(run_flags, encoder, world, 
     sft.main(flags)
     assert metrics(flags.out)[0]["loss"] == loss_of(flags.model, short)
     lacking, too_long = 12 - len(rows), len(rows) - len(short)
-    reasons = f"0 bad rows, {lacking} without reasoning or a label, {too_long} of more than {limit}"
+    reasons = f"0 bad rows, {lacking} lacking reasoning or a label, {too_long} of more than {limit}"
     told = f"{flags.data[0]}: {len(short)} samples; left out: {reasons} tokens"
     record = read_json(Path(flags.out, "run.json"))
     assert told in capsys.readouterr().out.splitlines() and told in record["left_out"]
@@ -406,8 +406,12 @@ def test_a_run_whose_checkpoints_are_gone_is_not_trained_over(halted, capsys):
     assert gone in refused(capsys, halted) and contents(halted.out) == before
     checkpoints.mkdir()
     assert gone in refused(capsys, halted)
-    Path(halted.out, "model.safetensors").unlink()  # as if killed before the first checkpoint
-    sft.main(replace(halted, steps=1))
+    Path(
+        halted.out, "model.safetensors"
+    ).unlink()  # not finished: but two steps are logged, each was saved
+    assert gone in refused(capsys, halted)
+    data.write_samples(Path(halted.out, "metrics.jsonl"), metrics(halted.out)[:1])
+    sft.main(replace(halted, steps=1))  # as if killed before the first checkpoint
     assert [line["step"] for line in metrics(halted.out)] == [1]
 
 
