@@ -616,13 +616,14 @@ def cli(flags_class: type, main: Callable, arguments: list | None = None) -> Non
         text = f"out of memory; try {advice} ({error})"
     except BaseException:  # noqa: BLE001  (one rank that fails has to end all)
         code, text = 1, traceback.format_exc()
-    if code == 1 and "RANK" in os.environ:
+    one_of_many = torch.distributed.is_torchelastic_launched()
+    if code == 1 and one_of_many:
         time.sleep(2)  # it may have lost another rank: torchrun then names that one as the cause
     if text:
-        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        rank = f"rank {os.environ['RANK']}: " if one_of_many else ""
         line = text if code == 1 else printable(f"error: {rank}{text}")
         print(line, file=sys.stderr, flush=True)
-    if "RANK" in os.environ:
+    if one_of_many:
         sys.stdout.flush()
         os._exit(code)
     if code:

@@ -12,8 +12,8 @@ each part has its prompt.
 
 State is weights, optimizer and step: what a step samples is a function of (weights, seed, step,
 position in the rollout batch, number of the completion), so one process and many draw the same
-outputs, and a resumed run goes on as if it had never stopped. (On CUDA that holds in distribution:
-kernels sum in an order of their own, so last bits and then tokens differ.)
+outputs of the same weights, and a resumed run goes on as if it had never stopped. (On CUDA that
+holds in distribution: kernels sum in an order of their own, so last bits and then tokens differ.)
 
 Deviations: the clipped loss is min(K A, clip(K) A), as released and as usual, where the paper
 prints A outside; K is per token, as released; the loss is the mean over all tokens of the global

@@ -130,7 +130,7 @@ def main(flags: SFTFlags) -> None:
 
 
 def train(flags: SFTFlags, ranks: Ranks) -> None:
-    """The run in the folder flags.out, which no other one writes to, from its last checkpoint."""
+    """Go on with the run in the folder flags.out, from its last checkpoint; or begin it."""
     model, encoder = load_for_training(flags, ranks)
     select = partial(usable_samples, flags, ranks, encoder.example, flags.max_tokens, complete=True)
     samples, left_out = select(flags.data)
