@@ -4,21 +4,21 @@ In:  an SFT checkpoint and rl.jsonl from augment.py (labels, no reasoning).
 Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/rollouts.jsonl (every group
      with outputs, reward parts, advantages and clip value), DIR/checkpoints/ (the last two).
 
-No KL term and no reference model. A step is one rollout batch, updated on in several mini-batches.
+No KL term and no reference model. A step samples one rollout batch and updates in mini-batches.
 A prompt and its G completions are one packed row: sampling encodes the prompt once, and so does
 every forward pass of the update. The first mini-batch takes one pass; the others take two, since
-their log P_old must be known before the first update. A group longer than --pack-tokens is cut, and
-each part has its prompt.
+their log P_old must be known before the first update. A group longer than --pack-tokens is cut into
+parts, and each part has its own copy of the prompt.
 
-State is weights, optimizer and step: what a step samples is a function of (weights, seed, step,
-position in the rollout batch, number of the completion), so one process and many draw the same
-outputs of the same weights, and a resumed run goes on as if it had never stopped. (On CUDA that
-holds in distribution: kernels sum in an order of their own, so last bits and then tokens differ.)
+The state of a run is weights, optimizer and step. A completion depends only on (weights, seed,
+step, position in the rollout batch, index of the completion). So the same weights give the same
+outputs in one process or many, and a resumed run goes on as if it had never stopped. (On CUDA this
+holds in distribution only: the order of sums in kernels varies, so last bits, then tokens, differ.)
 
-Deviations: the clipped loss is min(K A, clip(K) A), as released and as usual, where the paper
-prints A outside; K is per token, as released; the loss is the mean over all tokens of the global
-mini-batch (the release averaged means of micro-batches); the clip range really decays (in the
-release it never reached the workers).
+Deviations: the clipped loss is min(K A, clip(K) A), as released and as usual, while the paper
+prints A outside the min; K is per token, as released; the loss is the mean over all tokens of the
+global mini-batch (the release averages the means of micro-batches); the clip range really decays
+(in the release it never reaches the workers).
 
     torchrun --nproc-per-node 8 grpo.py --model out/sft --data out/rl.jsonl --out out/guard
 """
@@ -96,7 +96,7 @@ class GRPOFlags(Flags):
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt, its G completions, and what they earned. A list has one entry a completion."""
+    """One prompt, its G completions, and their rewards. Each list has one entry per completion."""
 
     position: int  # of the prompt in the global rollout batch
     sample: Sample
@@ -114,25 +114,25 @@ class Group:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row, for one forward and backward pass, and what the loss needs for the S tokens
-    of its completions."""
+    """One packed row for one forward and backward pass, and what else the loss needs for the S
+    completion tokens of the row."""
 
     row: Row
     advantages: Tensor  # [S]
     sampler_logprobs: Tensor  # [S]
-    # log P_old [S], by the trainer, with the weights that sampled. None in the first mini-batch:
-    # its own forward pass gives them, as nothing has been updated yet.
+    # log P_old [S], computed by the trainer with the weights that sampled. None in the first
+    # mini-batch: its own forward pass computes them, since nothing has been updated yet.
     old_logprobs: Tensor | None = None
 
 
-SPARE = MicroBatch(sft.SPARE_ROW, torch.zeros(0), torch.zeros(0))  # in which no token counts
+SPARE = MicroBatch(sft.SPARE_ROW, torch.zeros(0), torch.zeros(0))  # none of its tokens counts
 
 
 # ---------------------------------------------------------------------- the method
 
 
 def clip_range(step: int, total: int, epsilon: float, schedule: str) -> float:
-    """B_s for step s = 1 .. total; "product" is that of Eq. (7), 0 in the last step."""
+    """B_s of step s = 1 .. total. "product" follows Eq. (7), and reaches 0 in the last step."""
     if schedule == "constant":
         return epsilon
     return epsilon * math.prod((total - i) / total for i in range(1, step + 1))
@@ -151,13 +151,13 @@ def policy_loss(
 ) -> tuple[Tensor, dict]:
     """Eq. (6), summed over S tokens: - min(K A, clip(K, 1 - B_s, 1 + B_s) A). All inputs are [S].
 
-    The caller divides by the tokens of the mini-batch. A token's gradient is zero if the update has
-    already gone far enough, (A > 0 and K > 1 + B_s) or (A < 0 and K < 1 - B_s), else whole. (Within
-    the range both sides of the minimum are equal: torch gives each half, and `clamp` passes its.)
-    At B_s = 0, the last step of Eq. (7), the first mini-batch learns in full, since there K is 1 by
-    construction; in later ones tokens whose K has not moved, or has moved against A.
+    The caller divides by the tokens of the mini-batch. A token has no gradient if its K has moved
+    far enough: A > 0 and K > 1 + B_s, or A < 0 and K < 1 - B_s. Else it has the full gradient.
+    (In the range K A and clip(K) A are equal: torch halves the gradient; `clamp` passes its half.)
+    In the last step of Eq. (7), B_s is 0. Then the first mini-batch learns in full: its K is 1 by
+    construction. Later ones learn only from tokens whose K has not moved, or has moved against A.
 
-    The metrics are sums over tokens that have an advantage.
+    The metrics are sums over tokens whose advantage is not 0.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()  # K of Eq. (7), per token
@@ -179,7 +179,7 @@ def rollout(
 ) -> list[Group]:
     """Generate G completions of each {position: sample}, with their rewards and advantages.
 
-    show: with a progress bar, which moves by G completions when the last of a prompt is finished.
+    show: draw a progress bar, which moves by G completions when all completions of a prompt end.
     """
     prompts = dict(zip(samples, prefetch(encoder.prompt, samples.values())))  # {position: row}
     finished = generate(
@@ -191,7 +191,7 @@ def rollout(
         flags.top_p,
         stop_ids=encoder.stop_ids,
         banned=encoder.banned_ids,
-        seed=flags.seed * 1_000_003 + step,  # another one for every step of every --seed
+        seed=flags.seed * 1_000_003 + step,  # differs in every step of every --seed
         max_branches=flags.max_branches,
     )
     groups = []
@@ -211,8 +211,8 @@ def rollout(
 
 
 def pack_groups(groups: list[Group], pack_tokens: int) -> list[MicroBatch]:
-    """Groups as packed rows of at most pack_tokens tokens (or one completion over its prompt). A
-    longer group is cut into parts, each with its prompt.
+    """Pack groups into rows of at most pack_tokens tokens (more only for one completion and its
+    prompt). A longer group is cut into parts, each with its own copy of the prompt.
 
     A group whose rewards are all equal has no gradient and is left out. Its tokens still count in
     the mean, so this changes the cost, not the update.
@@ -242,22 +242,22 @@ def update_policy(
 ) -> dict:
     """Eq. (6) on a rollout batch: an optimizer step per update_batch prompts. Returns metrics."""
     began = time.perf_counter()
-    # log P of a row's completion tokens, and the entropies, both [S].
+    # forward(row) returns log P and the entropy of the row's completion tokens, both [S].
     forward = partial(model, temperature=flags.temperature, banned=encoder.banned_ids)
 
     # 1. Cut the rollout batch into mini-batches of packed rows. All but the first need log P_old of
-    # Eq. (7) before the first update. (The sampler's own are rounded otherwise: logprob_diff_mean.)
-    minibatches = []  # of each, the batches of this rank, and the completion tokens of all ranks
+    # Eq. (7) before the first update. (The sampler's log P rounds differently: logprob_diff_mean.)
+    minibatches = []  # of (micro-batches of this rank, number of completion tokens of all ranks)
     for start in range(0, flags.rollout_batch, flags.update_batch):
         chosen = [g for g in groups if start <= g.position < start + flags.update_batch]
-        tokens = ranks.reduce(sum(group.tokens for group in chosen))  # of left-out groups, too
+        tokens = ranks.reduce(sum(group.tokens for group in chosen))  # counts left-out groups, too
         batches = sft.lockstep(pack_groups(chosen, flags.pack_tokens), SPARE, ranks)
         if start > 0:
             with torch.no_grad():
                 batches = [replace(b, old_logprobs=forward(b.row)[0]) for b in batches]
         minibatches.append((batches, tokens))
 
-    # 2. Take one optimizer step on each.
+    # 2. Take one optimizer step on each mini-batch.
     losses, grad_norms, differences, sums = [], [], [], Counter()
     for batches, tokens in minibatches:
         total = 0.0
@@ -287,7 +287,7 @@ def update_policy(
 
 
 def main(flags: GRPOFlags) -> None:
-    """Check the flags, and leave the model at flags.out."""
+    """Check the flags, train, and save the model in flags.out."""
     if flags.out is None:
         flags = replace(flags, out="out/guard-eco" if flags.eco else "out/guard")
     if flags.group < 2 or not flags.temperature > 0:
@@ -301,7 +301,7 @@ def main(flags: GRPOFlags) -> None:
 
 
 def train(flags: GRPOFlags, ranks: Ranks) -> None:
-    """The run in the folder flags.out, which no other run writes to, from its last checkpoint."""
+    """Train, from the last checkpoint in flags.out if any. No other run writes to this folder."""
     model, encoder = sft.load_for_training(flags, ranks)
     samples, left_out = sft.usable_samples(
         flags, ranks, encoder.prompt, flags.max_prompt_tokens, flags.data, complete=False
@@ -332,7 +332,7 @@ def train(flags: GRPOFlags, ranks: Ranks) -> None:
             clip = clip_range(step, total, flags.clip, flags.clip_schedule)
             torch.cuda.empty_cache()  # the update needs memory blocks of other sizes
             metrics |= update_policy(model, optimizer, groups, encoder, flags, clip, ranks)
-            torch.cuda.empty_cache()  # and the sampler, too
+            torch.cuda.empty_cache()  # and so does the sampler
             # 3. Evaluate, report, and save.
             if validation and (step % flags.eval_every == 0 or step == last):
                 policy = replica(model, ranks.compute)
@@ -348,7 +348,7 @@ def train(flags: GRPOFlags, ranks: Ranks) -> None:
     run.finish(last, total, model, optimizer, encoder)
 
 
-# ---------------------------------------------------------------------- what the loop needs
+# ---------------------------------------------------------------------- helpers of the loop
 
 
 def validate(policy, encoder, samples: list[Sample], flags: GRPOFlags, ranks: Ranks) -> dict:
@@ -361,8 +361,8 @@ def validate(policy, encoder, samples: list[Sample], flags: GRPOFlags, ranks: Ra
 
 
 def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
-    """Means over all outputs, or groups, of the rollout batch of all ranks; accuracies and shares
-    in [0, 1]. seconds: of sampling on this rank; the slowest rank counts for the speed."""
+    """Means over all outputs, or groups, of all ranks; accuracies and shares are in [0, 1].
+    seconds: the time this rank took to sample. The speed is computed from the slowest rank's."""
     completions = [completion for group in groups for completion in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
     stds = [torch.tensor([r.total for r in group.rewards]).std().item() for group in groups]
@@ -378,8 +378,8 @@ def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
         "zero_std_groups": [not group.advantages.any() for group in groups],  # nothing to learn
     }
     metrics = {}
-    for name, known in values.items():
-        metrics[name] = ranks.reduce(sum(known)) / max(1.0, ranks.reduce(len(known)))
+    for name, entries in values.items():
+        metrics[name] = ranks.reduce(sum(entries)) / max(1.0, ranks.reduce(len(entries)))
     sampled = ranks.reduce(sum(values["tokens"]))
     metrics["sampled_tokens_per_second"] = sampled / ranks.reduce(seconds, "max")
     return {**metrics, "seconds_rollout": seconds}
@@ -388,8 +388,8 @@ def rollout_metrics(groups: list[Group], seconds: float, ranks: Ranks) -> dict:
 def update_metrics(
     losses: list[float], grad_norms: list[float], differences: list[float], sums: Counter, ranks
 ) -> dict:
-    """Means over the optimizer steps, and over the tokens of all ranks that have an advantage; of
-    `differences`, between the log-probabilities of trainer and sampler, over all tokens."""
+    """Means over the optimizer steps (`skipped` is a count), and over the tokens of all ranks
+    whose advantage is not 0. differences: |trainer's - sampler's log P| of every packed token."""
     metrics = {
         "loss": sum(losses) / len(losses),
         "grad_norm": sum(grad_norms) / len(grad_norms),
@@ -405,8 +405,8 @@ def update_metrics(
 
 
 def write_rollouts(run: sft.Run, groups: list[Group], step: int, clip: float) -> None:
-    """Append the step's groups of all ranks to rollouts.jsonl, in the order of the data: what shows
-    a person why a group was updated as it was."""
+    """Append the step's groups of all ranks to rollouts.jsonl, in the order of the data. The file
+    shows a person why a group was updated as it was."""
     records = []  # (position, record)
     for group in groups:
         outputs = []

@@ -1,21 +1,21 @@
-"""Qwen2.5-VL in plain PyTorch: packed rows, layers, log-probabilities, generation, checkpoints, ranks.
+"""Qwen2.5-VL in plain PyTorch: rows, layers, log-probabilities, generation, checkpoints, ranks.
 
 In:  a Hugging Face checkpoint (directory or hub id), and rows of tokens and images (Row).
 Out: log-probabilities and entropies of supervised tokens (training), completions, a checkpoint.
 
 Training and prefill run over one flat row of tokens, without batch dimension or padding. The row is
-cut into segments. A segment attends causally to itself and, if it names a prefix segment, to all
-of that one. The head's logits are float32, whatever the weights are: Eq. (7) compares probabilities
-that differ by less than bfloat16 can tell.
+cut into segments. A segment attends causally to itself and, if it names a prefix segment, to every
+token of the prefix. Logits are float32, whatever the type of the weights: Eq. (7) compares
+probabilities whose differences are too small for bfloat16.
 
 T  tokens of a row          D  hidden size           B  branches: completions being generated
 S  supervised tokens        H  heads                 C  capacity of the cache, in tokens of a branch
 P  patches of images        K  key-value heads       n  completions of a prompt
 V  vocabulary               d  size of a head
-(These letters are the code's; the paper's S and K_i are other things.)
+(These letters belong to the code: S and K_i mean other things in the paper.)
 
     python -c "import model as m; print(m.outline(m.locate('Qwen/Qwen2.5-VL-3B-Instruct')))"
-"""  # noqa: E501
+"""
 
 import json
 import math
@@ -45,7 +45,7 @@ class InputError(ValueError):
 
 @contextmanager
 def as_input_error(what: str, *kinds: type) -> Iterator:
-    """Raise errors of these kinds again as InputErrors that begin with `what`."""
+    """Raise errors of these kinds again as InputErrors whose messages begin with `what`."""
     try:
         yield
     except kinds as error:
@@ -58,7 +58,7 @@ Grid = tuple[int, int, int]  # an image's time (always 1), height and width, in 
 
 
 class Segment(NamedTuple):
-    """A run of tokens of a row, causal within itself; it sees all of segment `prefix`, if any."""
+    """Consecutive tokens of a row. They attend causally and see all of segment `prefix`, if any."""
 
     start: int
     length: int
@@ -67,27 +67,27 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Everything one forward pass needs. It lies on the CPU; the model moves what it needs to its
-    device. (FSDP would move a NamedTuple by itself.)"""
+    """Everything one forward pass needs. The tensors lie on the CPU; the model moves them to its
+    device as needed. (Row is a dataclass because FSDP would move a NamedTuple by itself.)"""
 
     ids: Tensor  # [T] int64
     positions: Tensor  # [3, T] int64, M-RoPE: time, height, width
     segments: tuple[Segment, ...]  # they tile the row in order
     supervised: Tensor  # [T] bool: the tokens that the loss is taken over
     pixels: Tensor  # [P, 1176] float32; [0, 1176] without an image
-    grids: tuple[Grid, ...] = ()  # of its images
+    grids: tuple[Grid, ...] = ()  # one per image
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     @property
     def next_position(self) -> int:
-        """Where a text behind the row goes on, on all three axes."""
+        """The position, on all three axes, of a text token that is appended to the row."""
         return int(self.positions.max()) + 1
 
     def join(self, *others: "Row") -> "Row":
-        """Rows side by side: row.join(other) or Row.join(*rows). Segments keep their prefixes, and
-        see nothing of other rows."""
+        """Concatenate rows: row.join(other) or Row.join(*rows). Segments keep their prefixes, and
+        do not see the other rows."""
         rows = (self, *others)
         segments = []
         tokens_before = 0
@@ -108,9 +108,9 @@ class Row:
         )
 
     def extend(self, completions: Sequence[Sequence[int]]) -> "Row":
-        """A prompt row [T] and G completions (token ids, with the stop token) -> one row [T + their
-        lengths]. Each completion is a supervised segment over the prompt, and its positions go on
-        from the prompt's last position."""
+        """This prompt row [T] and G completions (token ids, with any stop token) -> one row, [T +
+        the lengths of the completions]. Each completion is a supervised segment whose prefix is the
+        prompt. Its positions continue from the prompt's last position."""
         (prompt,) = self.segments
         lengths = [len(completion) for completion in completions]
         starts = accumulate(lengths, initial=len(self))
@@ -141,7 +141,7 @@ class VisionConfig:
     intermediate_size: int = 3420
     patch_size: int = 14  # pixels
     temporal_patch_size: int = 2
-    spatial_merge_size: int = 2  # patches along the edge of a cell, which becomes one image token
+    spatial_merge_size: int = 2  # patches along the edge of a cell; a cell becomes one image token
     window_size: int = 112  # pixels
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
 
@@ -171,7 +171,7 @@ class Config:
     @classmethod
     def from_json(cls, raw: dict) -> "Config":
         """raw: config.json, flat as published, nested, or nested with rope_parameters.
-        InputError for another architecture, and for what does not fit together."""
+        InputError for another architecture, and for values that contradict each other."""
         nested = raw.get("text_config") or {}
         text = raw | {name: value for name, value in nested.items() if value is not None}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -191,7 +191,7 @@ class Config:
 
 
 def build_config(kind: type, values: dict):
-    """The dataclass `kind` from those of the values it has fields for; null is as if absent."""
+    """Build the dataclass `kind` from the values that it has fields for. None counts as absent."""
     names = [field.name for field in fields(kind) if values.get(field.name) is not None]
     return kind(**{name: values[name] for name in names})
 
@@ -212,18 +212,18 @@ def has_varlen(x: Tensor) -> bool:
 class PackedAttention:
     """Attention over one packed row of segments, each of which sees itself and its prefix.
 
-    lengths: tokens of every segment. prefixes: for each the index of the segment that it extends,
-    or None. causal: a token sees itself and what stands before it; without (in the tower, where
-    there are no prefixes), all of its segment.
+    lengths: number of tokens of each segment. prefixes: index of each segment's prefix segment, or
+    None. causal: if true, a token sees itself and the tokens before it; if false (in the vision
+    tower, where there are no prefixes), a token sees its whole segment.
 
-    A call takes q [T, H, d], k and v [T, K, d] and returns [T, H, d]. With a prompt p and its
-    completions a, b, c, the keys of every segment, its prefix's and then its own, are laid out one
-    after the other; the last query of a segment sees its last key:
+    A call takes q [T, H, d], k and v [T, K, d] and returns [T, H, d]. The segments' keys are laid
+    out one after the other. A segment has the keys of its prefix first, then its own. Its last
+    query sees its last key. For a prompt p and its completions a, b, c:
 
         queries     p p p p     a a           b b           c c c
         keys        p p p p     p p p p a a   p p p p b b   p p p p c c c
 
-    On CUDA in half precision that is one call for the whole row, elsewhere one for each segment.
+    On CUDA in half precision, one kernel call covers the row; elsewhere each segment has its own.
     """
 
     def __init__(self, lengths: list[int], prefixes: list[int | None], causal: bool, device):
@@ -234,29 +234,29 @@ class PackedAttention:
                 keys[i] = torch.cat([tokens[prefix], tokens[i]])
         self.causal = causal
         self.lengths, self.key_lengths = lengths, [len(seen) for seen in keys]
-        self.key_tokens = None  # those of the row, in its order
+        self.key_tokens = None  # no prefixes: the keys stay as they are
         if self.key_lengths != lengths:
             self.key_tokens = torch.cat(keys).to(device)
         self.ends = boundaries(lengths, device), boundaries(self.key_lengths, device)
 
     @classmethod
     def of_row(cls, row: Row, device) -> "PackedAttention":
-        """The decoder's attention to a row."""
+        """The decoder's causal attention over a row."""
         lengths = [segment.length for segment in row.segments]
         prefixes = [segment.prefix for segment in row.segments]
         return cls(lengths, prefixes, causal=True, device=device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> Tensor:
         if self.key_tokens is not None:
-            # In float32, so that the backward pass adds up in float32 the gradients that all
-            # completions send to a token of their prompt.
+            # Select in float32: then the backward pass sums in float32 the gradients that a prompt
+            # token receives from all completions.
             k, v = (x.float().index_select(0, self.key_tokens).to(x.dtype) for x in (k, v))
         if has_varlen(q):
             # Importing it takes more than a second, and only CUDA needs it.
             from torch.nn.attention.varlen import varlen_attn
 
             longest = max(self.lengths), max(self.key_lengths)
-            window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal, by the last key
+            window = (-1, 0) if self.causal else (-1, -1)  # (-1, 0) is causal; last keys align
             options = {"window_size": window, "enable_gqa": True}
             return varlen_attn(q, k, v, *self.ends, *longest, **options)
         outputs = []
@@ -265,7 +265,7 @@ class PackedAttention:
             of_segment = [x.transpose(0, 1)[None] for x in part]  # each [1, heads, tokens, d]
             queries, keys, _ = (x.shape[2] for x in of_segment)
             mask = None
-            if keys > queries:  # by the tokens of the prefix
+            if keys > queries:  # the segment has a prefix
                 mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
                 mask = mask.tril(keys - queries)
             how = {"is_causal": self.causal and mask is None, "enable_gqa": True}
@@ -275,13 +275,13 @@ class PackedAttention:
 
 
 def rotary_angles(coords: Tensor, size: int, theta: float) -> Tensor:
-    """Coordinates [...] times theta^(-2i / size) for i < size / 2: [..., size / 2], float32."""
+    """Angles [..., size / 2], float32: coordinates [...] times theta^(-2i / size), i < size / 2."""
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=coords.device) / size
     return coords[..., None] * (1.0 / theta**exponents)
 
 
 def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, d] for `rotate`, of angles [T, d / 2]: (cos, cos) and (-sin, sin)."""
+    """Angles [T, d / 2] -> (cos, cos) and (-sin, sin), each [T, 1, d], as `rotate` needs them."""
     cos, sin = angles.cos(), angles.sin()
     cos = torch.cat([cos, cos], dim=-1)
     sin = torch.cat([-sin, sin], dim=-1)
@@ -289,8 +289,8 @@ def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, d], in float32: with the halves a and b of each head, the
-    points (a_i, b_i) are turned by their angles, (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Rotary embedding of x [T, heads, d], computed in float32. The halves a and b of a head form
+    points (a_i, b_i). Each turns by its angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
     x32 = x.float()
     a, b = x32.chunk(2, dim=-1)
     turned = torch.addcmul(x32 * cos, torch.cat([b, a], dim=-1), sin)
@@ -301,8 +301,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm in the type of x, in and out: master weights are float32, activations half, and on
-    CUDA autocast would leave the result in float32."""
+    """nn.RMSNorm whose weight and result take the type of x. Master weights are float32 while
+    activations are half precision, and autocast on CUDA would leave the result in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -321,7 +321,7 @@ class SwiGLU(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention. `attention` decides what is seen: a packed row, or a cache."""
+    """Grouped-query attention. The argument `attention` computes it over a packed row or cache."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -385,7 +385,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """The patches of a cell [P, size] -> one image token [P / 4, D]."""
+    """Merge the patches of each cell into one image token: [P, size] -> [P / 4, D]."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -402,11 +402,11 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches [P, 1176] of several images to image tokens [P / 4, D], in the order of the patches.
+    """Patches [P, 1176] of several images -> image tokens [P / 4, D], in the order of the patches.
 
-    The input holds an image cell by cell: 2 x 2 patches, which become one token. Most blocks attend
-    within windows, and want the cells of a window side by side. An image of 4 x 6 patches, and the
-    numbers of its cells; in windows of 2 x 2 cells (published: 4 x 4) the first holds 0 1 3 4:
+    The input lists images cell by cell. A cell is 2 x 2 patches and becomes one token. Most blocks
+    attend within windows, and need the cells of a window side by side. An image of 4 x 6 patches,
+    the numbers of its cells, and the cells in each window of 2 x 2 cells (published: 4 x 4):
 
          0  1 |  4  5 |  8  9
          2  3 |  6  7 | 10 11      cells  0 1 | 2      windows  0 1 3 4 | 2 5
@@ -429,13 +429,13 @@ class VisionTower(nn.Module):
         """pixels [P, 1176], grids of (1, rows, columns) patches -> [P / 4, D]."""
         # 1. Put the cells of a window side by side: sort them by image and window.
         merge, device = self.config.spatial_merge_size, pixels.device
-        edge = self.config.window_size // (self.config.patch_size * merge)  # of a window, in cells
+        window_edge = self.config.window_size // (self.config.patch_size * merge)  # in cells
         shapes = [(height // merge, width // merge) for _, height, width in grids]
         coords = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in shapes]
         image = torch.arange(len(grids)).repeat_interleave(torch.tensor([len(c) for c in coords]))
         coords = torch.cat(coords)  # row and column of every cell in its image [P / 4, 2]
-        window = torch.cat([image[:, None], coords // edge], dim=1)  # of every cell [P / 4, 3]
-        _, window, sizes = window.unique(dim=0, return_inverse=True, return_counts=True)
+        windows = torch.cat([image[:, None], coords // window_edge], dim=1)  # of cells [P / 4, 3]
+        _, window, sizes = windows.unique(dim=0, return_inverse=True, return_counts=True)
         order = window.argsort(stable=True)  # [P / 4]
         coords = coords[order]
         order = order.to(device)
@@ -443,17 +443,17 @@ class VisionTower(nn.Module):
         # 2. Embed the patches: a convolution whose kernel is as large as a patch is a linear map.
         weight = self.patch_embed.proj.weight.flatten(1)  # [size, 1176]
         x = F.linear(cells.flatten(0, 1).to(weight.dtype), weight)  # [P, size]
-        # 3. Half of every head turns with the patch's row, half with its column.
+        # 3. Rotary angles: half of every head turns with the patch's row, half with its column.
         corners = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))  # of a cell [4, 2]
         coords = (coords[:, None] * merge + corners).flatten(0, 1)  # [P, 2]
         head_dim = self.config.hidden_size // self.config.num_heads
         angles = rotary_angles(coords.to(device), head_dim // 2, 10000.0)  # [P, 2, d / 4]
         cos, sin = rotation(angles.flatten(1))
-        # 4. The blocks: attention within windows, in a few of them within whole images.
-        of_window = (sizes * merge**2).tolist()  # patches
-        of_image = [rows * columns for _, rows, columns in grids]
-        in_windows = PackedAttention(of_window, [None] * len(of_window), False, device)
-        in_images = PackedAttention(of_image, [None] * len(of_image), False, device)
+        # 4. Run the blocks. Most of them attend within windows, a few within whole images.
+        window_lengths = (sizes * merge**2).tolist()  # number of patches
+        image_lengths = [rows * columns for _, rows, columns in grids]
+        in_windows = PackedAttention(window_lengths, [None] * len(window_lengths), False, device)
+        in_images = PackedAttention(image_lengths, [None] * len(image_lengths), False, device)
         for i, block in enumerate(self.blocks):
             attention = in_images if i in self.config.fullatt_block_indexes else in_windows
             x = recomputed(self.checkpointing, block, x, cos, sin, attention)
@@ -463,7 +463,7 @@ class VisionTower(nn.Module):
 
 
 def recomputed(enabled: bool, function: Callable, *inputs):
-    """function(*inputs); if enabled, the backward pass computes its activations again."""
+    """function(*inputs). If enabled, the backward pass computes the activations again."""
     if enabled and torch.is_grad_enabled():
         # Nothing in this model draws random numbers, so there is no state to preserve.
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -474,10 +474,10 @@ def recomputed(enabled: bool, function: Callable, *inputs):
 
 
 def scale_logits(logits: Tensor, temperature: float, banned: tuple[int, ...]) -> Tensor:
-    """Logits [S, V] over the temperature, without the banned ids (in place at temperature 1)."""
+    """Divide logits [S, V] by temperature, and rule out banned ids. In place at temperature 1."""
     if temperature != 1:
         logits = logits / temperature
-    # -inf would make the entropy NaN. The ids are few, and no index has to travel to the device.
+    # -inf would make the entropy NaN. A loop over few ids copies no index tensor to the device.
     for token in banned:
         logits[:, token] = -1e9
     return logits
@@ -486,8 +486,8 @@ def scale_logits(logits: Tensor, temperature: float, banned: tuple[int, ...]) ->
 def score_tokens(
     hidden: Tensor, targets: Tensor, head: Tensor, temperature: float, banned: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [S] of targets [S], and entropies [S] (without gradient), by hidden states
-    [S, D] and the head [V, D] in float32."""
+    """Log-probabilities [S] of targets [S], and entropies [S] (without gradient), computed in
+    float32 from hidden states [S, D] and the head [V, D]."""
     logits = F.linear(hidden.float(), head)
     logprobs = scale_logits(logits, temperature, banned).log_softmax(-1)  # [S, V]
     with torch.no_grad():
@@ -511,7 +511,7 @@ class QwenVL(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpointing = False  # recompute activations in the backward pass
         # Set by `shard`, for training:
-        self.compute: torch.dtype | None = None  # what float32 weights compute in
+        self.compute: torch.dtype | None = None  # float32 weights are cast to this type
         self.sharded = False
 
     @property
@@ -530,11 +530,11 @@ class QwenVL(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [S], float32, of the row's supervised tokens in order.
 
-        One function for SFT, old and new policy, Eq. (3) and (7). Logits exist for some tokens at a
-        time, never as a whole [S, V]; the backward pass computes them again.
+        SFT, Eq. (3), and the old and the new policy, Eq. (7), all use this function. Logits exist
+        for one chunk of tokens at a time, never as [S, V]; the backward pass computes them again.
         """
-        # 1. Token i is predicted at predictor[i]: the token before it, or, for a completion's first
-        # token, its prompt's last. (A prompt's first token is never supervised.)
+        # 1. Token predictor[i] predicts token i. It is token i - 1, or, for a completion's first
+        # token, the prompt's last token. (A prompt's first token is never supervised.)
         predictor = torch.arange(len(row)) - 1  # [T]
         for start, _, prefix in row.segments:
             if prefix is not None:
@@ -543,8 +543,8 @@ class QwenVL(nn.Module):
         supervised = row.supervised.nonzero().squeeze(1)  # [S]
         targets = row.ids[supervised].to(self.device)
         hidden = self.hidden(row).index_select(0, predictor[supervised].to(self.device))  # [S, D]
-        # 2. The head is rounded to the compute type, as the sampler's copy is, then float32. On
-        # CUDA, TF32 holds bfloat16 numbers exactly: products add up in float32 at half its speed.
+        # 2. Round the head to the compute type, like the sampler's copy, then widen it to float32.
+        # On CUDA, TF32 holds bfloat16 exactly and adds in float32, at half the speed of bfloat16.
         head = self.head.to(hidden.dtype).float()
         chunk = 1024 if hidden.is_cuda else 128  # tokens
         scores = [
@@ -555,10 +555,10 @@ class QwenVL(nn.Module):
         return torch.cat(logprobs), torch.cat(entropies)
 
     def hidden(self, row: Row, attention: Callable | None = None) -> Tensor:
-        """Final hidden states [T, D] of a packed row, by the row's own attention unless another one
-        is given."""
+        """Final hidden states [T, D] of a packed row. `attention`, if given, replaces the row's own
+        attention."""
         attention = attention or PackedAttention.of_row(row, self.device)
-        # Float32 weights may compute in another type. (If sharded, FSDP sees to that itself.)
+        # Autocast float32 weights to the compute type. (FSDP casts the weights of sharded models.)
         mixed = not self.sharded and self.compute not in (None, self.head.dtype)
         with torch.autocast(self.device.type, self.compute, mixed, cache_enabled=False):
             x = self.embed(row)
@@ -568,16 +568,16 @@ class QwenVL(nn.Module):
             return self.model.norm(x)
 
     def embed(self, row: Row) -> Tensor:
-        """Token embeddings [T, D], with the image tokens replaced by what the vision tower saw."""
+        """Token embeddings [T, D]; the vision tower's outputs replace those of the image tokens."""
         x = self.model.embed_tokens(row.ids.to(self.device))
         if self.compute is not None:
-            x = x.to(self.compute)  # the residual stream is in it, as FSDP has it
+            x = x.to(self.compute)  # the residual stream has this type, as under FSDP
         if row.grids:
             images = self.visual(row.pixels.to(self.device), row.grids)  # [P / 4, D]
             places = (row.ids == self.config.image_token_id).nonzero().squeeze(1)  # [P / 4]
             return x.index_copy(0, places.to(self.device), images.to(x.dtype))
         if self.sharded:
-            # Every rank must take part in the tower's collectives: one blank cell, with weight 0.
+            # Every rank must join the tower's collectives: encode a blank cell, and add it times 0.
             blank = torch.zeros(4, 1176, device=self.device)
             images = self.visual(blank, [(1, 2, 2)])
             return x + 0.0 * images.sum()
@@ -597,12 +597,12 @@ class QwenVL(nn.Module):
 
 @dataclass(eq=False)
 class Completion:
-    """One sampled output; a branch of its prompt, while it grows."""
+    """One sampled output. While it grows, it is a branch of its prompt."""
 
     ids: list[int]  # with the stop token, when finished
     logprobs: list[float]  # of every token, at the sampling temperature and before top-p
-    p_harmful: list[float] = field(default_factory=list)  # where each was drawn, if asked for
-    random: Callable[[], float] | None = None  # its own uniform numbers
+    p_harmful: list[float] = field(default_factory=list)  # at every token, if `words` are given
+    random: Callable[[], float] | None = None  # draws this completion's uniform numbers
     running: bool = True
     finished: bool = False  # False also if cut off at max_new_tokens
 
@@ -611,40 +611,40 @@ class Completion:
 class Prompt:
     """A prompt that is being answered."""
 
-    key: int  # the caller's name of it
+    key: int  # the caller's name for the prompt
     length: int  # tokens
-    next_position: int  # of its completions' first tokens
+    next_position: int  # position of each completion's first token
     completions: list[Completion]  # [n]
 
 
-NUCLEUS_TOKENS = 1024  # top-p looks at so many of the likeliest tokens: sorting all costs much more
-ENDED_SHARE = 1 / 8  # branches that have ended are dropped when they are so much of the batch
-CACHE_SHARE = 0.6  # of a GPU's free memory for keys and values; the rest is for prefills and logits
-PREFILL_TOKENS = 8192  # of prompts, about, that are encoded in one forward pass
-CACHE_STEP = 64  # tokens by which the cache grows
+NUCLEUS_TOKENS = 1024  # top-p sees this many of the likeliest tokens: sorting all costs much more
+ENDED_SHARE = 1 / 8  # ended branches are dropped once they are this share of the batch
+CACHE_SHARE = 0.6  # keys and values get this share of free GPU memory; prefills and logits the rest
+PREFILL_TOKENS = 8192  # one forward pass encodes about this many tokens of prompts
+CACHE_STEP = 64  # the cache grows by this many tokens
 
 
 @torch.no_grad()
 def generate(
     model: QwenVL,
-    prompts: Iterable[tuple[int, Row]],  # (key, row), taken as there is room
+    prompts: Iterable[tuple[int, Row]],  # (key, row), taken when there is room
     n: int = 1,  # completions of each prompt
     max_new_tokens: int = 3072,
     temperature: float = 1.0,  # 0 is greedy, with log-probabilities at temperature 1
     top_p: float = 1.0,
-    stop_ids: Sequence[int] = (),  # a completion ends with the first of these
+    stop_ids: Sequence[int] = (),  # a completion ends when it draws one of these
     banned: Sequence[int] = (),  # ids that are never drawn
     seed: int = 0,
-    max_branches: int = 256,  # completions that run at a time, at least those of one prompt
-    words: tuple[int, int] | None = None,  # first ids of "harmful", "unharmful": P(harmful) of them
-    watch: Callable[[list[int]], None] | None = None,  # called with all new tokens of a step
+    max_branches: int = 256,  # limit on running completions; one prompt may exceed it
+    words: tuple[int, int] | None = None,  # first ids of "harmful", "unharmful", for P(harmful)
+    watch: Callable[[list[int]], None] | None = None,  # called with all tokens drawn in a step
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Sample n completions of every prompt; yields (key, completions) as prompts finish.
+    """Sample n completions of every prompt; yield (key, completions) as prompts finish.
 
-    Every completion counts at its longest in the cache; a prompt that does not fit runs alone.
-    Random numbers are those of (seed, key, number of the completion): what a prompt gets does not
-    depend on its neighbours, on batching or on the number of ranks, up to roundings (CUDA's kernels
-    differ by shape: last bits do, and then tokens). InputError if logits are not finite.
+    A prompt starts once the cache could hold all completions at full length; one too large for that
+    runs alone. Random numbers depend only on (seed, key, index of the completion). So neighbours,
+    batching and the number of ranks do not change a completion, except by rounding (CUDA's kernels
+    differ by shape, so last bits and then tokens differ). InputError if logits are not finite.
     """
     batch = DecodeBatch(model, prompts, n, max_new_tokens, seed, max_branches)
     while True:
@@ -653,7 +653,7 @@ def generate(
         batch.add_prompts()
         if not batch.branches:
             return
-        # 2. Draw every branch's next token, and hand out the prompts that are answered with it.
+        # 2. Draw every branch's next token, and yield the prompts whose completions have all ended.
         drawn = batch.draw(temperature, top_p, banned, words)
         if watch:
             watch([int(token) for token, *_ in drawn])
@@ -664,22 +664,22 @@ def generate(
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """probs [B, V] without the tokens outside the nucleus: the most likely ones whose probabilities
-    first reach top_p together (NUCLEUS_TOKENS at most), and all as likely as the last of them."""
+    """probs [B, V] with 0 outside the nucleus. The nucleus is the smallest set of likeliest tokens
+    whose sum reaches top_p (at most NUCLEUS_TOKENS), and all tokens as likely as the last one."""
     size = min(NUCLEUS_TOKENS, probs.shape[1])
     top = probs.topk(size, dim=-1).values  # descending
     before = top.cumsum(-1) - top
-    outside = before >= max(top_p, 1e-9)  # top_p reached before it; the first always stays
+    outside = before >= max(top_p, 1e-9)  # earlier tokens reach top_p; the first always stays
     smallest = top.masked_fill(outside, 2.0).amin(-1, keepdim=True)
     return probs.masked_fill(probs < smallest, 0.0)
 
 
 def sample_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
-    """One token [B] of each distribution [B, V], which need not sum to one, by one uniform number
-    each [B]: inverse-CDF sampling, so that a branch's tokens depend on its own random stream alone.
-    Probabilities that are not numbers give some token, whose log-probability is none either."""
+    """Draw one token [B] from each distribution [B, V] with one uniform number [B]. Inverse-CDF
+    sampling makes a branch's tokens depend on its own random stream alone. A distribution need not
+    sum to one. From NaN probabilities it draws an arbitrary token, with log-probability NaN."""
     cumulative = probs.cumsum(-1)
-    point = uniform * (1 - 2.0**-20) * cumulative[:, -1]  # strictly inside, whatever the rounding
+    point = uniform * (1 - 2.0**-20) * cumulative[:, -1]  # below the total, despite rounding
     token = torch.searchsorted(cumulative, point[:, None], right=True)  # [B, 1]
     token = token.clamp(max=probs.shape[1] - 1)
     # A parallel cumsum is not monotone to the last bit: a token of probability 0 may be hit.
@@ -688,16 +688,16 @@ def sample_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 class DecodeBatch:
-    """B branches, which grow by one token a step. A prompt is encoded once; its keys and values are
-    copied to a slot of the cache for each of its branches, whose own follow. With two branches of
-    one prompt and one of another:
+    """B branches, which grow by one token per step. Each branch has a slot of the cache. A prompt
+    is encoded once, and its keys and values are copied to the slots of all its branches. A branch's
+    own keys and values follow. Two branches of one prompt and one branch of another:
 
         slot 0: p p p p a a . .
         slot 1: p p p p b b b .
         slot 2: q q q q q c . .
 
-    A place in a slot is not a position: behind an image that of M-RoPE is smaller. A branch that
-    has ended repeats its last step until it is dropped.
+    A place in a slot is not a position: after an image, the M-RoPE position is smaller than the
+    place. A branch that has ended repeats its last step until it is dropped.
     """
 
     def __init__(self, model: QwenVL, prompts, n, max_new_tokens, seed, max_branches):
@@ -716,9 +716,9 @@ class DecodeBatch:
         self.resize_cache([])
 
     def has_room(self) -> bool:
-        """Whether the cache would hold all completions, those of the upcoming prompt included, if
-        each grew to its limit. (All slots are as long as the longest.) Into an empty batch a prompt
-        always goes."""
+        """Whether the upcoming prompt may join: at most max_branches branches would run, and the
+        cache could hold all of them at full length. (All slots are as long as the longest.) An
+        empty batch has room for any prompt."""
         branches = len(self.branches) + self.n
         longest = max([len(self.upcoming[1]), *(prompt.length for prompt, _ in self.branches)])
         tokens = branches * (longest + self.max_new_tokens)
@@ -726,14 +726,14 @@ class DecodeBatch:
         return fits or not self.branches
 
     def drop_ended(self) -> None:
-        """Drop branches that have ended. That copies the cache, so it waits until they are many."""
+        """Drop the ended branches once there are many: dropping branches copies the cache."""
         kept = [i for i, (_, completion) in enumerate(self.branches) if completion.running]
         if len(kept) <= len(self.branches) * (1 - ENDED_SHARE):
             self.branches = [self.branches[i] for i in kept]
             self.resize_cache(kept)
 
     def add_prompts(self) -> None:
-        """Take as many prompts as there is room for, in their order, and encode some at a time."""
+        """Add prompts in order while there is room; prefill about PREFILL_TOKENS at a time."""
         while self.upcoming and self.has_room():
             rows = []
             while self.upcoming and self.has_room() and sum(map(len, rows)) < PREFILL_TOKENS:
@@ -747,9 +747,9 @@ class DecodeBatch:
             self.prefill(rows)
 
     def resize_cache(self, old_slots: Sequence[int]) -> None:
-        """Make cache and hidden states fit self.branches. The first of them were there before, in
-        these slots; the others get empty ones. All slots have room for more tokens than the longest
-        branch has so far. Layer by layer: two whole caches never exist."""
+        """Fit the cache to self.branches. The first branches keep the contents and hidden states of
+        old_slots; the others get empty slots. Every slot has room for more tokens than the longest
+        branch has so far. Layers are resized one by one: two whole caches never exist."""
         longest = max([prompt.length + len(c.ids) for prompt, c in self.branches], default=0)
         self.capacity = (longest // CACHE_STEP + 1) * CACHE_STEP
         new_slots, device = len(self.branches) - len(old_slots), self.model.device
@@ -763,29 +763,29 @@ class DecodeBatch:
         self.all_places = torch.arange(self.capacity, device=device)  # [C]
 
     def prefill(self, rows: list[Row]) -> None:
-        """Encode the newest prompts, whose rows these are, so that their branches can start."""
-        # 1. One forward pass over all rows, packed, whose keys and values go to the cache.
+        """Encode the rows of the newest prompts, so that their branches can start."""
+        # 1. Run one forward pass over all rows, packed, and store keys and values in the cache.
         row, device = Row.join(*rows), self.model.device
-        lengths, first = [len(row) for row in rows], len(self.branches) - self.n * len(rows)
-        self.resize_cache(range(first))
+        lengths, first_new = [len(row) for row in rows], len(self.branches) - self.n * len(rows)
+        self.resize_cache(range(first_new))
         packed_attention = PackedAttention.of_row(row, device)
 
-        def recording(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-            """The row's attention; a prompt's keys and values go to the slots of its branches."""
-            slots = self.cache[layer][:, first:].split(self.n, dim=1)
+        def attend_and_record(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            """The row's attention. It copies a prompt's keys and values to its branches' slots."""
+            slots = self.cache[layer][:, first_new:].split(self.n, dim=1)
             keys_and_values = torch.stack([k, v]).transpose(1, 2)  # [2, K, T, d]
             for n_slots, new in zip(slots, keys_and_values.split(lengths, dim=2)):
                 n_slots[:, :, :, : new.shape[2]] = new[:, None]
             return packed_attention(q, k, v)
 
-        hidden = self.model.hidden(row, recording)  # [T, D]
-        # 2. Branches start at the prompts' last tokens.
-        last = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(self.n)  # [new branches]
-        self.hidden = torch.cat([self.hidden, hidden[last.to(device)]])
+        hidden = self.model.hidden(row, attend_and_record)  # [T, D]
+        # 2. Every branch starts from the hidden state of its prompt's last token.
+        last_tokens = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(self.n)
+        self.hidden = torch.cat([self.hidden, hidden[last_tokens.to(device)]])
 
     def draw(self, temperature: float, top_p: float, banned, words) -> list[list[float]]:
-        """The next token of every branch, its log-probability and, with words, P(harmful).
-        Temperature 0 takes the most likely one."""
+        """The next token of every branch, its log-probability and, if words are given, P(harmful).
+        Temperature 0 takes the most likely token."""
         logits = F.linear(self.hidden.float(), self.head)  # [B, V]
         scores = []
         if words:
@@ -806,13 +806,13 @@ class DecodeBatch:
         return torch.stack([token.float(), chosen, *scores], dim=1).tolist()
 
     def record(self, drawn: list[list[float]], stop_ids) -> Iterator[Prompt]:
-        """Note the new token of every branch; yields the prompts whose last branch ends with it."""
+        """Record every branch's new token; yield each prompt whose last branch ends with it."""
         for (prompt, completion), (token, logprob, *p_harmful) in zip(self.branches, drawn):
             if not completion.running:
                 continue
             if not math.isfinite(logprob):
-                place = f"prompt {prompt.key}: after {len(completion.ids)} tokens"
-                raise InputError(f"{place} the model's logits are no numbers")
+                where = f"prompt {prompt.key}: after {len(completion.ids)} tokens"
+                raise InputError(f"{where} the model's logits are no numbers")
             completion.ids.append(int(token))
             completion.logprobs.append(logprob)
             completion.p_harmful += p_harmful
@@ -823,10 +823,10 @@ class DecodeBatch:
                     yield prompt
 
     def step(self) -> None:
-        """Run every branch's newest token through the decoder: one position further."""
+        """Run every branch's newest token through the decoder, at the next position."""
         model, newest = self.model, []
         for prompt, completion in self.branches:
-            cached = len(completion.ids) - 1  # of the branch's own tokens
+            cached = len(completion.ids) - 1  # how many of the branch's own tokens
             place, position = prompt.length + cached, prompt.next_position + cached
             newest.append((completion.ids[-1], place, position))
         if max(place for _, place, _ in newest) >= self.capacity:
@@ -834,7 +834,7 @@ class DecodeBatch:
         # The host has just waited for the device, so this copy waits for nothing.
         newest = torch.tensor(newest).to(model.device, non_blocking=True)
         token, self.place, position = newest.unbind(1)  # each [B]
-        # What attention adds to its scores: nothing where a token is, else minus infinity.
+        # Attention adds this mask to its scores: 0 where there is a token, else minus infinity.
         is_empty = self.all_places > self.place[:, None]  # [B, C]
         self.mask = torch.zeros_like(is_empty, dtype=self.hidden.dtype)
         self.mask = self.mask.masked_fill(is_empty, -math.inf)[:, None, None]  # [B, 1, 1, C]
@@ -848,27 +848,27 @@ class DecodeBatch:
         """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d]."""
         cache = self.cache[layer]
         cache[:, self.slots, :, self.place] = torch.stack([k, v], dim=1)
-        # The heads that share a key head stand as so many queries of it.
+        # The H / K heads that share a key-value head become H / K queries to that head.
         queries = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, d]
         return F.scaled_dot_product_attention(queries, *cache, self.mask).flatten(1, 2)
 
 
 def free_cache_tokens(model: QwenVL) -> int:
-    """How many tokens' keys and values fit: on a GPU into CACHE_SHARE of its free memory."""
+    """How many tokens the cache may hold: on a GPU, what fits into CACHE_SHARE of free memory."""
     config, device = model.config, model.device
     if device.type != "cuda":
         return 2**20  # the free memory is not known
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    of_a_layer = 2 * config.num_key_value_heads * config.head_dim * model.head.itemsize  # bytes
-    return max(1, int(CACHE_SHARE * free) // (config.num_hidden_layers * of_a_layer))
+    bytes_per_layer = 2 * config.num_key_value_heads * config.head_dim * model.head.itemsize
+    return max(1, int(CACHE_SHARE * free) // (config.num_hidden_layers * bytes_per_layer))
 
 
 # ---------------------------------------------------------------------------------- checkpoints
 
 
 def locate(name: str) -> Path:
-    """The folder: `name` itself, or the snapshot of a hub id (downloaded if missing)."""
+    """The checkpoint folder: `name` itself, or the snapshot of a hub id (downloaded if missing)."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -880,8 +880,8 @@ def locate(name: str) -> Path:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a directory's *.safetensors under their published names, mapped, not read into
-    memory. InputError if it is not certain which weights are meant."""
+    """All tensors of a directory's *.safetensors under their published names. They are mapped, not
+    read into memory. InputError if the weights are missing, unreadable or ambiguous."""
     if any(folder.glob("adapter_*")):
         raise InputError(f"{folder}: holds an adapter (LoRA); merge it into the weights first")
     tensors, files = {}, sorted(folder.glob("*.safetensors"))
@@ -910,11 +910,11 @@ def outline(folder: Path) -> QwenVL:
 
 
 def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> QwenVL:
-    """A model from a checkpoint directory or hub id; dtype None keeps the stored one.
+    """A model from a checkpoint directory or hub id; dtype None keeps the stored type.
 
-    The files are mapped: what needs neither conversion nor a move stays there, and beside the
-    mapping one tensor at a time is held twice. InputError names the first tensors that are
-    missing, unexpected or misshapen.
+    The files are mapped. A tensor that needs neither conversion nor a move stays in the mapping.
+    The others are converted one by one, so at most one of them is held twice. InputError names the
+    first tensors that are missing, unexpected or misshapen.
     """
     folder = locate(name)
     model, tensors = outline(folder), read_tensors(folder)
@@ -929,15 +929,15 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | Non
     except RuntimeError as error:
         raise InputError(f"{folder}: {shorten(str(error), 400)}") from error
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(device).to(dtype or parameter.dtype)  # converted there
+        parameter.data = parameter.data.to(device).to(dtype or parameter.dtype)  # move, then cast
     return model
 
 
 def save(model: QwenVL, folder, source, dtype: torch.dtype | None = None, files=None) -> None:
-    """Write a checkpoint directory in published names. Its other files come from the checkpoint
-    `source`, or are given as {name: text} in `files`. dtype None keeps the model's.
+    """Write a checkpoint directory with the published names. Files other than the weights come from
+    the checkpoint `source`, or from `files` as {name: text}. dtype None keeps the model's type.
 
-    Sharded models are gathered, so every rank must call; rank 0 writes. The weights appear under
+    Sharded models are gathered, so every rank must call `save`; rank 0 writes. The weights get
     their final name last.
     """
     folder, source, files = Path(folder), locate(str(source)), files or {}
@@ -949,11 +949,11 @@ def save(model: QwenVL, folder, source, dtype: torch.dtype | None = None, files=
     if not writes:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    left = {"run.json", "model.safetensors.index.json"}
+    not_copied = {"run.json", "model.safetensors.index.json"}
     if "preprocessor_config.json" in files:
-        left.add("processor_config.json")  # which holds the same settings as they were
+        not_copied.add("processor_config.json")  # it repeats these settings, with old values
     for file in () if source == folder else source.iterdir():
-        if file.suffix in (".json", ".txt", ".jinja") and file.name not in left:
+        if file.suffix in (".json", ".txt", ".jinja") and file.name not in not_copied:
             shutil.copyfile(file, folder / file.name)
     config = json.loads((source / "config.json").read_text("utf-8"))
     stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
@@ -965,7 +965,7 @@ def save(model: QwenVL, folder, source, dtype: torch.dtype | None = None, files=
     final, partial = folder / "model.safetensors", folder / "model.safetensors.partial"
     with as_input_error(f"{final}: cannot be written", SafetensorError):
         save_file(state, partial, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", partial)  # save_file lets nobody else read them
+    shutil.copymode(folder / "config.json", partial)  # save_file lets only the owner read
     os.replace(partial, final)
 
 
@@ -979,7 +979,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    compute: torch.dtype  # what models compute in
+    compute: torch.dtype  # the type that models compute in
 
     def reduce(self, value: float, how: str = "sum") -> float:
         """The sum (or "max") of a number over all ranks."""
@@ -991,7 +991,7 @@ class Ranks:
         return tensor.item()
 
     def gather(self, items: list) -> list:
-        """The lists of all ranks as one, on every rank."""
+        """Concatenate the lists of all ranks, on every rank."""
         lists = [items] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(lists, items)
@@ -1003,14 +1003,14 @@ class Ranks:
 
 
 def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
-    """Read torchrun's environment, choose device and type, join the group, and say once what is
-    used. On CUDA a process has the GPU of its number on its machine; "auto" is the accelerator that
-    torch finds, else the CPU. InputError if something of that cannot be used."""
+    """Read torchrun's environment, choose device and type, join the process group, and print the
+    choice once. On CUDA, a process takes the GPU with its local rank. "auto" means the accelerator
+    that torch finds, else the CPU. InputError if the device or the type cannot be used."""
     rank, world, local_rank = 0, 1, 0
     if torch.distributed.is_torchelastic_launched():
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         rank, world, local_rank = (int(os.environ[name]) for name in names)
-    # Segments that grow fit caches that do. This must be said before CUDA starts.
+    # The cache grows, so CUDA's memory segments should grow, too. Set this before CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if device_name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
@@ -1020,8 +1020,8 @@ def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
         device = torch.device("cuda", local_rank) if on_cuda else torch.device(device_name)
         if on_cuda:
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()  # says why, if it cannot be used
-    # From compute capability 8.0 (A100, RTX 30) on, variable-length attention has its kernels.
+        torch.zeros(1, device=device).item()  # raises an error if the device cannot be used
+    # Variable-length attention has kernels from compute capability 8.0 (A100, RTX 30) on.
     recent = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     if dtype_name == "auto":
         dtype_name = "bfloat16" if recent else "float32"
@@ -1034,8 +1034,8 @@ def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
     if recent and dtype_name == "bfloat16":
         torch.set_float32_matmul_precision("high")  # TF32, for the head: see QwenVL.forward
     if world > 1:
-        # Ranks wait in a collective while another one still generates: outputs differ in length.
-        # (In mining and evaluation for all of its share; after an hour the job can be resumed.)
+        # Outputs differ in length, so ranks wait in a collective while another rank still generates
+        # (in mining and evaluation its whole share). After an hour the job fails, but can resume.
         backend, wait = "nccl" if on_cuda else "gloo", timedelta(hours=1)
         torch.distributed.init_process_group(
             backend, timeout=wait, device_id=device if on_cuda else None
@@ -1048,9 +1048,9 @@ def start_ranks(device_name: str = "auto", dtype_name: str = "auto") -> Ranks:
 
 
 def shard(model: QwenVL, ranks: Ranks) -> QwenVL:
-    """The model, whose float32 weights lie on the rank's device, as it trains: it computes in the
-    ranks' type. With several ranks (FSDP2) the parameters, gradients and optimizer state of every
-    block are cut over them, and gathered while it computes; gradients are reduced in float32."""
+    """Prepare a model with float32 weights on the rank's device for training in ranks.compute. With
+    several ranks, FSDP2 splits the parameters, gradients and optimizer state of every block over
+    them, gathers a block's parameters while it computes, and reduces gradients in float32."""
     model.compute, model.sharded = ranks.compute, ranks.world > 1
     if model.sharded:
         from torch.distributed.device_mesh import init_device_mesh
@@ -1066,22 +1066,22 @@ def shard(model: QwenVL, ranks: Ranks) -> QwenVL:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, gathered if it is sharded."""
+    """The whole tensor, gathered if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_parameters(model: QwenVL) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole of every parameter, gathered one by one. Every rank must go through all."""
+    """Name and whole tensor of every parameter, gathered one by one. Every rank must take all."""
     if model.sharded:
-        model.reshard()  # a forward without backward leaves the root whole, in the compute type
+        model.reshard()  # after a forward pass alone, the root is still whole, in the compute type
     for name, parameter in model.named_parameters():
         yield name, full(parameter.detach())
 
 
 @torch.no_grad()
 def replica(model: QwenVL, dtype: torch.dtype) -> QwenVL:
-    """An unsharded copy of the weights in `dtype` to generate with; of a whole model in that dtype
-    the model itself. Every rank must call."""
+    """An unsharded copy of the model in `dtype`, to generate with. A model that is already
+    unsharded and in `dtype` is returned itself, not copied. Every rank must call `replica`."""
     if not model.sharded and model.head.dtype == dtype:
         return model
     with torch.device("meta"):
