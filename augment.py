@@ -4,16 +4,16 @@ In:  TRAIN.jsonl (labelled samples) and the SFT model.
 Out: RL.jsonl, with its images in images/ beside it, and RL.jsonl.parts/ with all sampled outputs:
      the same command goes on after a kill; another --size or --max-correct needs no new sampling.
 
-1. Mining: 4 outputs of every sample. An output is right if every label that the sample has is read
-   from it; a sample is hard if no output is right. Image-only samples enter the pool of hard ones
-   whatever the model can do, as released; the set is drawn from that pool.
-2. Concatenation: 20 % of the set joins two of the drawn samples: requests, responses and images
-   side by side, harmful if either is. Harm then has to be found wherever it hides.
+1. Mining: sample 4 outputs of every prompt. An output is right if it agrees with every label that
+   the sample has. A sample is hard if no output is right; image-only samples always count as hard,
+   as released. The set is drawn from the hard samples.
+2. Concatenation: 20 % of the set are pairs of drawn samples, with requests, responses and images
+   side by side. A label is harmful if either one is: the guard must find harm wherever it hides.
 
-Deviations from the release: the joined labels are those the reward reads, and stay unknown where an
-unknown label decides; request goes to request and response to response, not one role header after
-the other; rows without an image get none; prompts over the limit of the RL stage are left out, not
-cut; all draws are seeded. RL.jsonl holds no reasoning: RL does not use it.
+Deviations from the release: the reward reads the joined labels, which are unknown where an unknown
+label decides; requests join requests and responses join responses, not whole texts with their role
+headers; rows without an image get no image; prompts over the limit of the RL stage are left out,
+not cut; all draws are seeded. RL.jsonl holds no reasoning: RL does not use it.
 
     torchrun augment.py --model out/sft --data data/train.jsonl --out out/rl.jsonl
 """
@@ -63,7 +63,7 @@ class AugmentFlags(data.Flags):
 
 
 def is_right(output: str, sample: Sample) -> bool:
-    """Whether every label that the sample has is read from the output; unreadable is wrong."""
+    """Whether the output agrees with every label of the sample; an unreadable one is wrong."""
     verdict = parse(output)
     is_request_right = sample.request_label in (None, verdict.request)
     return is_request_right and sample.response_label in (None, verdict.response)
@@ -72,7 +72,7 @@ def is_right(output: str, sample: Sample) -> bool:
 def mine(
     model: QwenVL, encoder: Encoder, todo: dict[int, Sample], flags: AugmentFlags
 ) -> Iterator[tuple[int, dict]]:
-    """Yield (i, {outputs}) for each sample in todo, as they finish; none of an over-long prompt."""
+    """Yield (i, {"outputs": texts}) as samples in todo finish; [] if the prompt is too long."""
     n, longest = flags.samples, flags.max_prompt_tokens
     for i, outputs in evaluate.sample_outputs(model, encoder, todo, flags, n, longest):
         texts = [encoder.decode(completion.ids) for completion in outputs]
@@ -82,8 +82,8 @@ def mine(
 def select_samples(
     samples: list[Sample], right: list[int], rng: random.Random, flags: AugmentFlags
 ) -> list[Sample]:
-    """The RL set before concatenation, in random order: hard samples, and a share of any. right:
-    how many outputs of each sample are right."""
+    """The RL set before concatenation, in random order: hard samples, and a random_share
+    of the set drawn from all other samples. right: how many outputs of each sample are right."""
     hard = []
     for i, sample in enumerate(samples):
         always = flags.keep_images and sample.modality == "image"
@@ -108,12 +108,12 @@ def either(*labels: str | None) -> str | None:
 
 
 def join_texts(*texts: str | None) -> str | None:
-    """Eq. (4), text_concat: the texts that are there, stripped, with spaces between; or None."""
+    """Eq. (4), text_concat: the texts that are not None, stripped, with spaces between; or None."""
     present = [text for text in texts if text is not None]
     if not present:
         return None
     joined = " ".join(text.strip() for text in present if text.strip())
-    return joined or present[0]  # blank as they are
+    return joined or present[0]  # all texts are blank: keep the first
 
 
 def merge_images(first: Image.Image, second: Image.Image) -> Image.Image:
@@ -127,7 +127,7 @@ def merge_images(first: Image.Image, second: Image.Image) -> Image.Image:
 
 
 def copy_into(sample: Sample, folder: Path) -> Sample:
-    """The sample as a row of a file in `folder`, without reasoning; its image is copied there."""
+    """The sample for a file in `folder`, without reasoning; an image from outside is copied."""
     image = None
     if sample.image is not None:
         image = place_image(sample.image, sample.folder, folder)
@@ -135,9 +135,9 @@ def copy_into(sample: Sample, folder: Path) -> Sample:
 
 
 def concatenate(first: Sample, second: Sample) -> Sample:
-    """Two samples of one folder as one exchange. Two images are merged into one; one stays itself.
+    """Join two samples of one folder as one exchange. Two images are merged; a single one is kept.
 
-    A missing response has nothing to label and nothing to hide: the other's label then stands.
+    A missing response has no label and hides no harm: the label of the other response then stands.
     """
     images = [s.image for s in (first, second) if s.image is not None]
     if len(images) == 2:
@@ -161,10 +161,10 @@ def concatenate(first: Sample, second: Sample) -> Sample:
 def concatenations(
     samples: list[Sample], count: int, rng: random.Random, encoder: Encoder, limit: int
 ) -> Iterator[Sample]:
-    """Up to `count` labelled samples, each of another pair, none with a prompt over `limit`
-    tokens."""
+    """Up to `count` labelled samples, each joined from a different pair, with prompts of at most
+    `limit` tokens."""
     seen = {sample.id for sample in samples}
-    draws = 20 * count if len(samples) > 1 else 0  # pairs may run out where samples are few
+    draws = 20 * count if len(samples) > 1 else 0  # bounded: few samples have few pairs
     for _ in range(draws):
         if count == 0:
             return
@@ -187,9 +187,9 @@ def concatenations(
 
 
 def write_rl_set(flags: AugmentFlags, samples: list[Sample], records: list[dict]) -> dict:
-    """Choose, concatenate and write. records: with the outputs of every sample; over-long prompts
-    have none. Returns what was counted."""
-    # 1. How often each sample is right.
+    """Choose samples, concatenate pairs, write both. Returns the counts. records: the outputs of
+    each sample; a sample with an over-long prompt has none."""
+    # 1. Count how many outputs of each sample are right.
     pool, right = [], []
     for sample, record in zip(samples, records):
         if record["outputs"]:
@@ -198,7 +198,7 @@ def write_rl_set(flags: AugmentFlags, samples: list[Sample], records: list[dict]
     times = Counter((sample.modality, count) for sample, count in zip(pool, right))
     for (modality, count), number in sorted(times.items()):
         say(f"{modality}: {number} samples with {count} of {flags.samples} outputs right")
-    # 2. The hard samples.
+    # 2. Draw the hard samples.
     rng = random.Random(flags.seed)
     folder = Path(flags.out).parent
     hard = select_samples(pool, right, rng, flags)
@@ -206,7 +206,7 @@ def write_rl_set(flags: AugmentFlags, samples: list[Sample], records: list[dict]
     if not chosen:
         advice = "raise --max-correct, --random-share or --max-prompt-tokens"
         raise InputError(f"none of {len(pool)} samples within the limit is hard: {advice}")
-    # 3. Pairs of them: augmented_share of the whole set.
+    # 3. Concatenate pairs of these: augmented_share of the whole set.
     encoder = Encoder(flags.model, flags.instruction, flags.min_pixels, flags.max_pixels)
     count = round(len(chosen) * flags.augmented_share / (1 - flags.augmented_share))
     joined = list(concatenations(chosen, count, rng, encoder, flags.max_prompt_tokens))
@@ -228,7 +228,7 @@ def main(flags: AugmentFlags) -> None:
     data.check_inputs(flags)
     data.check_output(out, [flags.model, *flags.data])
     if out.exists() and not (parts / "settings.json").exists():
-        raise InputError(f"{out} is there, and not made by augment.py; choose another --out")
+        raise InputError(f"{out} exists, but augment.py did not make it; choose another --out")
     ranks = start_ranks(flags.device, flags.dtype)
     with data.lock(out) if ranks.rank == 0 else nullcontext():
         samples, left_out = data.read_samples(flags.data, flags.skip_bad)

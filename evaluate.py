@@ -4,15 +4,15 @@ In:  TEST.jsonl (samples) and a model.
 Out: DIR/predictions.jsonl, DIR/results.json, and a printed table.
 
 Greedy decoding, positive class "harmful". Where this differs from the release:
-- the verdict is that of the last result block; words inside the reasoning never count;
-- an unreadable verdict counts once, as the wrong one, on every benchmark, and is shown;
-- 3,072 new tokens, as in the RL stage, instead of 4,096; a label comes with P(harmful).
-A benchmark is a `source`, or what it has of one modality. An average is the paper's: the mean of
-its benchmarks' F1, weighted by their rows. Rows without a label are judged, but not scored.
+- the verdict comes from the last result block; words inside the reasoning never count;
+- an unreadable verdict counts once, as wrong, on every benchmark, and is shown in the table;
+- outputs have at most 3,072 tokens, as in RL, instead of 4,096; a label comes with P(harmful).
+A benchmark is the rows of one `source` and one modality. An average is the paper's: the mean F1 of
+its benchmarks, weighted by their rows. Rows without a label are judged, but not scored.
 
-Records grow in DIR/rank-N.jsonl and are known by their exchange (of an image by path and size): the
-same command goes on after a kill, on any number of ranks, and judges again what has changed. What
-was made with another model or other settings (DIR/settings.json) is refused.
+Rank N appends records to DIR/rank-N.jsonl. A record is identified by its exchange (images by path
+and size): the same command goes on after a kill, on any number of ranks, and judges a changed
+exchange again. Records of another model or other settings (DIR/settings.json) are refused.
 
     torchrun evaluate.py --model out/guard --data data/test.jsonl --out out/eval
     python evaluate.py --predictions out/eval/predictions.jsonl
@@ -43,7 +43,7 @@ COLUMNS += "auroc unparseable truncated mean_tokens".split()
 PREDICTION = "output source id request response image request_label response_label".split()
 PREDICTION += "finished n_tokens request_p response_p".split()
 SAMPLING = ("seed", "max_new_tokens", "temperature", "top_p")
-# What outputs depend on beside sample and checkpoint; the last two are flags of augment.py.
+# Outputs depend on these besides sample and checkpoint. The last two are flags of augment.py.
 SETTINGS = (*SAMPLING, "min_pixels", "max_pixels", "samples", "max_prompt_tokens")
 
 
@@ -75,9 +75,9 @@ def modality(prediction: dict) -> str:
 
 
 def auroc(group: list[dict], field: str) -> float | None:
-    """Area under the ROC curve in percent: of all pairs of a harmful and an unharmful row, how many
-    give the harmful one the higher P(harmful); a tie is half a pair. An unreadable verdict ranks as
-    the wrong one. None if all rows have one label."""
+    """Area under the ROC curve in percent: the share of pairs of a harmful and an unharmful row in
+    which the harmful row has the higher P(harmful); a tie is half a pair. An unreadable verdict
+    ranks as wrong. None if all rows have the same label."""
     values = {HARMFUL: [], UNHARMFUL: []}
     for p in group:
         truth, value = p[f"{field}_label"], p[f"{field}_p"]
@@ -87,14 +87,14 @@ def auroc(group: list[dict], field: str) -> float | None:
     harmful, unharmful = values[HARMFUL], sorted(values[UNHARMFUL])
     if not harmful or not unharmful:
         return None
-    # Of each harmful row the unharmful ones below it, and again with those that are equal.
-    below = [bisect_left(unharmful, p) + bisect_right(unharmful, p) for p in harmful]
-    return 50 * fmean(below) / len(unharmful)
+    # For each harmful row: unharmful rows below it, plus unharmful rows below or equal to it.
+    twice_wins = [bisect_left(unharmful, p) + bisect_right(unharmful, p) for p in harmful]
+    return 50 * fmean(twice_wins) / len(unharmful)
 
 
 def classification_metrics(group: list[dict], field: str) -> dict:
     """Counts, and rates in percent, of predictions that have a label for `field`. An unreadable
-    verdict (None) is the wrong one. A rate of nothing is None."""
+    verdict (None) counts as wrong. A rate whose denominator is zero is None."""
     truths = [p[f"{field}_label"] for p in group]
     verdicts = [p[f"{field}_pred"] for p in group]
     pairs = list(zip(truths, verdicts))
@@ -118,9 +118,9 @@ def classification_metrics(group: list[dict], field: str) -> dict:
 
 
 def score_table(predictions: list[dict]) -> list[dict]:
-    """For both tasks a line per benchmark and modality, then averages per modality and over all. A
-    benchmark without an F1 (no harmful row, none called harmful) is part of no average: all columns
-    of an average are over the rows that its F1 is over."""
+    """For each task: a line per benchmark and modality, then averages per modality and over all. A
+    benchmark without an F1 (no harmful row, none called harmful) is part of no average, so that all
+    columns of an average cover the same rows."""
     table = []
     for task, field in TASKS:
         groups = defaultdict(list)  # {(modality, benchmark): its labelled predictions}
@@ -145,13 +145,13 @@ def score_table(predictions: list[dict]) -> list[dict]:
 
 
 def compute_metrics(predictions: list[dict]) -> dict[str, float]:
-    """Flat numbers for logs, without those that are undefined. In percent, over all and as f1_text
-    per modality: f1_prompt, f1_response (the averages of `score_table`), f1 (the mean of the two),
+    """Numbers for logs, without undefined ones. In percent, over all and per modality (as f1_text):
+    f1_prompt, f1_response (the averages of `score_table`), f1 (the mean of the two), and
     false_positive_rate_prompt, ..._response. From 0 to 1: format_ok, truncated. n, mean_tokens."""
     metrics = {"n": len(predictions), "format_ok": fmean(p["format_ok"] for p in predictions)}
     metrics["truncated"] = fmean(not p["finished"] for p in predictions)
     metrics["mean_tokens"] = fmean(p["n_tokens"] for p in predictions)
-    f1s = defaultdict(list)  # of both tasks
+    f1s = defaultdict(list)  # {name: the F1 of each task}
     for line in score_table(predictions):
         if line["is_average"]:
             suffix = "" if line["modality"] == "all" else f"_{line['modality']}"
@@ -163,7 +163,7 @@ def compute_metrics(predictions: list[dict]) -> dict[str, float]:
 
 
 def markdown_cell(value) -> str:
-    """Numbers with two decimals, "-" for None, and text that stays in its cell."""
+    """A float with two decimals, "-" for None, other values as text with "|" escaped."""
     if value is None:
         return "-"
     text = f"{value:.2f}" if isinstance(value, float) else str(value)
@@ -171,7 +171,7 @@ def markdown_cell(value) -> str:
 
 
 def markdown(lines: list[dict], columns: Iterable[str]) -> str:
-    """Columns of a table's lines as Markdown."""
+    """The lines as a Markdown table with these columns."""
     body = [[markdown_cell(line.get(name)) for name in columns] for line in lines]
     table = [columns, ["---"] * len(columns), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
@@ -181,7 +181,7 @@ def markdown(lines: list[dict], columns: Iterable[str]) -> str:
 
 
 def load_guard(flags: data.Flags, ranks: Ranks) -> tuple[QwenVL, Encoder]:
-    """The model of the flags on this rank's device, and its encoder."""
+    """The model that the flags name, on this rank's device, and its encoder."""
     encoder = Encoder(flags.model, flags.instruction, flags.min_pixels, flags.max_pixels)
     return load(flags.model, ranks.device, ranks.compute), encoder
 
@@ -189,8 +189,8 @@ def load_guard(flags: data.Flags, ranks: Ranks) -> tuple[QwenVL, Encoder]:
 def sample_outputs(
     model: QwenVL, encoder: Encoder, todo: dict[int, Sample], flags, n: int, longest: int, **options
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield (i, n outputs) for each sample in todo, as they finish; none if its prompt is longer
-    than `longest`, or with max_new_tokens than the model's context. options: of `generate`."""
+    """Yield (i, n outputs) as samples in todo finish; (i, []) if the prompt exceeds `longest`, or
+    does not fit the model's context together with max_new_tokens. options: of `generate`."""
     too_long = []
     longest = min(longest, model.config.max_position_embeddings - flags.max_new_tokens)
 
@@ -209,12 +209,12 @@ def sample_outputs(
 
 
 def p_harmful(encoder: Encoder, completion: Completion, offset: int | None) -> float | None:
-    """P(harmful) of the label behind `offset` (a colon's) in an output, None for None: that of
-    " harmful" against " unharmful" where the first token behind the colon was drawn."""
+    """P(harmful) of the label at `offset` (just behind its colon) in an output; None if offset is
+    None. It compares " harmful" with " unharmful" for the first token behind the colon."""
     if offset is None:
         return None
     ids = completion.ids
-    # The fewest tokens whose text reaches the colon; the next one is the label's first.
+    # The smallest number of tokens whose text holds the colon. The next token begins the label.
     count = bisect_left(range(len(ids)), offset, key=lambda n: len(encoder.decode(ids[:n])))
     return completion.p_harmful[count]
 
@@ -222,8 +222,8 @@ def p_harmful(encoder: Encoder, completion: Completion, offset: int | None) -> f
 def predict(
     model: QwenVL, encoder: Encoder, todo: dict[int, Sample], flags, **options
 ) -> Iterator[tuple[int, dict]]:
-    """Yield (i, prediction) for each sample in todo, as they finish. One that does not fit into the
-    model's context is answered wrongly: by an empty output, cut off. options: of `generate`."""
+    """Yield (i, prediction) as samples in todo finish. A sample that does not fit into the model's
+    context gets an empty, unfinished output, which counts as wrong. options: of `generate`."""
     options |= {"n": 1, "longest": model.config.max_position_embeddings, "words": encoder.words}
     for i, outputs in sample_outputs(model, encoder, todo, flags, **options):
         completion = outputs[0] if outputs else Completion([], [])
@@ -247,17 +247,17 @@ def evaluate_samples(
     model: QwenVL, encoder: Encoder, samples: list[Sample], show: bool = False, **flags
 ) -> list[dict]:
     """Greedy predictions for samples, in order: evaluation within training. show: with a bar.
-    flags: those of EvaluateFlags that are not as by default."""
+    flags: the EvaluateFlags that differ from their defaults."""
     predictions = predict(model, encoder, dict(enumerate(samples)), EvaluateFlags(**flags))
     found = dict(data.progress(predictions, len(samples), "validation samples", show))
     return [sample_fields(sample) | found[i] for i, sample in enumerate(samples)]
 
 
 def judge(flags: EvaluateFlags, ranks: Ranks) -> None:
-    """Print the output for one exchange as it is written, then the labels with P(harmful)."""
+    """Print the output for one exchange as it grows, then the labels with P(harmful)."""
     image = Path(flags.image or "")
     sample = Sample("exchange", "", flags.request or "", image.name or None, flags.response)
-    sample = data.from_json(data.to_json(sample), image.parent)  # as strict as with a file
+    sample = data.from_json(data.to_json(sample), image.parent)  # checked like a row of a file
     model, encoder = load_guard(flags, ranks)
     stream, tokenizer = DecodeStream(skip_special_tokens=True), encoder.tokenizer.backend_tokenizer
 
@@ -273,12 +273,12 @@ def judge(flags: EvaluateFlags, ranks: Ranks) -> None:
         say(f"\n{field}: {label or 'unreadable'}, P(harmful) {markdown_cell(value)}")
 
 
-# ---- records that are made once (augment.py, too)
+# ---- records that are made once (shared with augment.py)
 
 
 def sample_fields(sample: Sample, folder: Path = Path()) -> dict:
-    """What a record in `folder` repeats of its sample, without the reasoning. `key` is the same for
-    the same exchange, wherever it lies and whatever its labels."""
+    """The sample's fields, without reasoning, for a record in `folder`. `key` identifies the
+    exchange by its content and the size of its image: folder and labels do not change it."""
     size = sample.image_path.stat().st_size if sample.image else None
     fields = {"key": f"{sample.key} {size}", **data.to_json(sample)}
     del fields["reasoning"]
@@ -286,8 +286,8 @@ def sample_fields(sample: Sample, folder: Path = Path()) -> dict:
 
 
 def open_folder(folder: Path, flags: data.Flags, ranks: Ranks) -> None:
-    """Make `folder` ready for records; with flags.fresh there are none in it then. InputError if it
-    holds what this stage has not written, or records that were made with other settings."""
+    """Make `folder` ready for records; flags.fresh deletes old ones. InputError if the folder holds
+    files that this stage has not written, or records that were made with other settings."""
     instruction = [flags.instruction] if flags.instruction else []
     settings = data.fingerprint(flags.model, {"instruction": instruction})
     settings |= {name: value for name, value in vars(flags).items() if name in SETTINGS}
@@ -296,56 +296,56 @@ def open_folder(folder: Path, flags: data.Flags, ranks: Ranks) -> None:
     if folder.exists() and any(folder.iterdir()) and not path.exists():
         raise InputError(f"{folder} holds files of something else; choose another --out")
     if flags.fresh:
-        for file in files:  # `collect` drops the rest
+        for file in files:  # `collect` deletes the result files
             file.unlink()
     elif files:
         if changed := data.changed(data.read_json(path), settings):
             problem = f"its records were made with another {', '.join(changed)}"
             raise InputError(f"{folder}: {problem}; choose another --out, or --fresh drops them")
         for file in files:
-            data.write_samples(file, data.read_records(file))  # without a torn last line
+            data.write_samples(file, data.read_records(file))  # drops a torn last line
     data.write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
 
 def collect(
     folder: Path, samples: list[Sample], make: Callable, flags: data.Flags, ranks: Ranks
 ) -> list[dict]:
-    """The records of all samples, in order, and in predictions.jsonl; those that `folder` lacks are
-    made now, by all ranks: make(model, encoder, {i: sample}, flags) yields (i, fields of a record),
-    in any order."""
-    wanted = [sample_fields(sample, folder) for sample in samples]
-    # 1. What is there.
+    """The records of all samples, in order; they are also written to predictions.jsonl. All ranks
+    make the records that `folder` lacks: make(model, encoder, {i: sample}, flags) yields
+    (i, fields of a record), in any order."""
+    sample_records = [sample_fields(sample, folder) for sample in samples]
+    # 1. Read the records that exist.
     if ranks.rank == 0:
         open_folder(folder, flags, ranks)
     ranks.barrier()
     made_before = read_by_key(folder)
-    # 2. What is missing in this rank's share, which no other rank touches.
-    share = range(ranks.rank, len(wanted), ranks.world)
-    todo = {i: samples[i] for i in share if wanted[i]["key"] not in made_before}
-    if todo:  # a finished run needs no model; what is there of other data is not the result
+    # 2. Make the records that are missing in this rank's share. No other rank makes them.
+    share = range(ranks.rank, len(sample_records), ranks.world)
+    todo = {i: samples[i] for i in share if sample_records[i]["key"] not in made_before}
+    if todo:  # a finished run needs no model; old results are not those of this data
         for name in ("predictions.jsonl", "results.json"):
             (folder / name).unlink(missing_ok=True)
         new = make(*load_guard(flags, ranks), todo, flags)
         for i, fields in data.progress(new, len(todo), "samples", show=ranks.rank == 0):
-            data.append_records(folder / f"rank-{ranks.rank}.jsonl", [wanted[i] | fields])
-    # 3. All of them, with the labels of now.
+            data.append_records(folder / f"rank-{ranks.rank}.jsonl", [sample_records[i] | fields])
+    # 3. Combine all records with the current labels.
     ranks.barrier()
     made = read_by_key(folder)
-    records = [made[fields["key"]] | fields for fields in wanted]
+    records = [made[fields["key"]] | fields for fields in sample_records]
     if ranks.rank == 0:
         data.write_samples(folder / "predictions.jsonl", records)
     return records
 
 
 def read_by_key(folder: Path) -> dict[str, dict]:
-    """{key: record} of all that the ranks have written so far."""
+    """{key: record} of all records that the ranks have written so far."""
     files = folder.glob("rank-*.jsonl")
     return {record["key"]: record for file in files for record in data.read_records(file)}
 
 
 def read_predictions(paths: Iterable[str | Path]) -> dict[tuple, dict]:
-    """{what identifies the exchange: prediction}, with outputs parsed afresh. InputError names the
-    line of what cannot be scored, or of a second prediction of an exchange."""
+    """{fields that identify an exchange: prediction}, with outputs parsed again. InputError names
+    a line that cannot be scored, or that is a second prediction of the same exchange."""
     predictions = {}
     for path in paths:
         for number, line in data.read_lines(Path(path)):
@@ -360,14 +360,14 @@ def read_predictions(paths: Iterable[str | Path]) -> dict[tuple, dict]:
                     raise ValueError(f"{odd} is no label: want harmful, unharmful or null")
                 key = tuple(p[name] for name in ("source", "id", "request", "response", "image"))
                 if predictions.setdefault(key, p) is not p:
-                    raise ValueError(f"{p['id']} is there twice: score one model at a time")
+                    raise ValueError(f"{p['id']} has two predictions: score one model at a time")
     if not predictions:
         raise InputError(f"{', '.join(map(str, paths))}: no predictions in there")
     return predictions
 
 
 def score_files(paths: Iterable[str | Path], left_out: list[str] | None = None) -> dict:
-    """Score predictions, print the table and what it does not show; returns both."""
+    """Score predictions, print the table and the counts that it leaves out; returns both."""
     predictions = list(read_predictions(paths).values())
     lines, metrics = score_table(predictions), compute_metrics(predictions)
     unlabelled = sum(not (p["request_label"] or p["response_label"]) for p in predictions)
@@ -387,7 +387,7 @@ def score_files(paths: Iterable[str | Path], left_out: list[str] | None = None) 
 
 
 def main(flags: EvaluateFlags) -> None:
-    """Score given predictions, judge one exchange, or judge all of --data and score that."""
+    """Score given predictions, judge one exchange, or judge and score all of --data."""
     if flags.predictions:
         score_files(flags.predictions)
         return

@@ -4,9 +4,9 @@ In:  a base checkpoint directory or hub id, and JSONL files of samples with reas
 Out: DIR, a checkpoint directory; DIR/run.json, DIR/metrics.jsonl, DIR/checkpoints/ (the last two).
 
 The loss is the mean over all target tokens (reasoning, labels and the stop token) of the global
-batch. State is weights, optimizer and step: what a step trains on is a function of (seed, step).
+batch. The state is weights, optimizer and step: (seed, step) determines the samples of a step.
 
-Deviations from the paper's release: samples are packed side by side into rows, none sees another;
+Deviations from the release: samples are packed side by side into rows, none attends to another;
 the loss is averaged over tokens, not over micro-batches; over-long samples are left out, not cut.
 
     torchrun --nproc-per-node 4 sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data/train.jsonl
@@ -39,10 +39,10 @@ from model import QwenVL, Ranks, Row, Segment, full, load, save, shard, start_ra
 # The metrics on the screen.
 SHOWN = "loss lr grad_norm trained_tokens_per_second seconds validation_loss"
 ZERO = torch.zeros(1, dtype=torch.long)
-# What a rank runs when only others have a row left: one token, and none that counts.
+# A rank runs this row when only other ranks have rows left: one token, not supervised.
 SPARE_ROW = Row(ZERO, ZERO.expand(3, 1), (Segment(0, 1),), ZERO.bool(), torch.zeros(0, 1176))
 
-# torch.distributed.checkpoint says so of every run in a single process.
+# torch.distributed.checkpoint gives this warning in every run of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
@@ -86,15 +86,15 @@ def packed_rows(samples: list[Sample], encoder: Encoder, pack_tokens: int) -> li
 
 
 def sft_loss(model: QwenVL, row: Row) -> Tensor:
-    """Eq. (3) of a row, summed over its target tokens: - sum of log P(R, Y | Q, X, S)."""
+    """Eq. (3) of a row: minus the sum of log P(R, Y | Q, X, S) over its target tokens."""
     logprobs, _ = model(row)  # [S], of the supervised tokens
     return -logprobs.sum()
 
 
 def batch_loss(model: QwenVL, rows: list[Row], ranks: Ranks) -> tuple[float, int]:
-    """Eq. (3) of a batch, of which `rows` are this rank's, with its gradients (none under no_grad):
-    the mean over the target tokens of all ranks, and their number. Neither packing nor the number
-    of ranks changes it."""
+    """Eq. (3) of a batch: the mean loss over the target tokens of all ranks, and the number of
+    these tokens. `rows` is this rank's share. Adds the gradients, except under no_grad. Neither
+    packing nor the number of ranks changes the loss."""
     targets = int(ranks.reduce(sum(int(row.supervised.sum()) for row in rows)))
     total = 0.0
     for row in lockstep(rows, SPARE_ROW, ranks):
@@ -105,7 +105,7 @@ def batch_loss(model: QwenVL, rows: list[Row], ranks: Ranks) -> tuple[float, int
 
 
 def train_step(model, optimizer, rows: list[Row], lr: float, max_norm: float, ranks) -> dict:
-    """One optimizer step on a batch, of which `rows` are this rank's. Returns the metrics."""
+    """One optimizer step on a batch. `rows` is this rank's share. Returns the metrics."""
     loss, targets = batch_loss(model, rows, ranks)
     grad_norm = optimizer_step(optimizer, lr, max_norm)
     metrics = {"loss": loss, "target_tokens": targets, "lr": lr, "grad_norm": grad_norm}
@@ -114,7 +114,7 @@ def train_step(model, optimizer, rows: list[Row], lr: float, max_norm: float, ra
 
 @torch.no_grad()
 def validation_loss(model, encoder, samples: list[Sample], flags: SFTFlags, ranks) -> float:
-    """Eq. (3) of all samples, a batch at a time: all their images would not fit into memory."""
+    """Eq. (3) of all samples, one batch at a time: the images of all would not fit into memory."""
     total, targets = 0.0, 0
     for start in range(0, len(samples), flags.batch_size):
         share = samples[start : start + flags.batch_size][ranks.rank :: ranks.world]
@@ -130,7 +130,7 @@ def main(flags: SFTFlags) -> None:
 
 
 def train(flags: SFTFlags, ranks: Ranks) -> None:
-    """Go on with the run in the folder flags.out, from its last checkpoint; or begin it."""
+    """Begin the run in the folder flags.out, or resume it from its last checkpoint."""
     model, encoder = load_for_training(flags, ranks)
     select = partial(usable_samples, flags, ranks, encoder.example, flags.max_tokens, complete=True)
     samples, left_out = select(flags.data)
@@ -173,8 +173,8 @@ def usable_samples(
     flags, ranks: Ranks, encode: Callable, most: int, paths: list[str], complete: bool
 ) -> tuple[list[Sample], list[str]]:
     """The files' samples with a label (if `complete`, with all labels and reasoning) and at most
-    `most` tokens, and lines that say what is left out. Every sample is encoded once to count them,
-    each rank its share: a damaged image ends the run now, and not at hour five."""
+    `most` tokens, and lines that say what is left out. Each rank encodes its share once, to count
+    the tokens: a damaged image ends the run now, and not at hour five."""
     samples, bad_rows = data.read_samples(paths, flags.skip_bad)
     if complete:
         usable = [s for s in samples if s.is_complete]
@@ -205,13 +205,13 @@ def load_for_training(flags, ranks: Ranks) -> tuple[QwenVL, Encoder]:
 
 
 def freeze(model: QwenVL, names: list[str]) -> None:
-    """Let all parts train but those of --freeze."""
+    """Freeze the parts that --freeze names; all other parts train."""
     parts = {"vision": model.visual, "merger": model.visual.merger, "decoder": model.model}
     if not set(names) <= {*parts, "none"}:
         raise InputError(f"--freeze {' '.join(names)}: choose from {', '.join(parts)}, or none")
-    for name, part in parts.items():  # the merger, a part of the vision tower, comes after it
+    for name, part in parts.items():  # the merger comes after the vision tower, which holds it
         part.requires_grad_(name not in names)
-    model.head.requires_grad_("decoder" not in names)  # the embeddings, or a matrix beside them
+    model.head.requires_grad_("decoder" not in names)  # tied to the embeddings, or its own matrix
 
 
 def make_optimizer(model: QwenVL, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -220,7 +220,7 @@ def make_optimizer(model: QwenVL, lr: float, weight_decay: float) -> torch.optim
     if not trained:
         raise InputError("--freeze leaves nothing to train")
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
-    for p in trained:  # as its first step would: a checkpoint is loaded into these tensors
+    for p in trained:  # as AdamW's first step would: a checkpoint is loaded into these tensors
         step = torch.zeros((), device=p.device)
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": step, **moments}
@@ -228,15 +228,15 @@ def make_optimizer(model: QwenVL, lr: float, weight_decay: float) -> torch.optim
 
 
 def total_steps(epochs: float, samples: int, batch: int) -> int:
-    """The steps of a run: whole batches, rounded down. InputError if there is none."""
-    steps = epochs * samples / batch + 1e-9  # 0.29 * 100 is a little less than 29
+    """The steps of a run: whole batches, rounded down. InputError if zero or infinite."""
+    steps = epochs * samples / batch + 1e-9  # in floats, 0.29 * 100 is a little less than 29
     if not 1 <= steps < math.inf:
         raise InputError(f"--epochs {epochs} of {samples} samples are not one batch of {batch}")
     return int(steps)
 
 
 def data_order(items: int, step: int, batch: int, seed: int) -> list[int]:
-    """The indices of step 1, 2, ...: a batch of the endless order, which shuffles each epoch."""
+    """The sample indices of step 1, 2, ...: a slice of an endless order, shuffled every epoch."""
     start = (step - 1) * batch
     first, last = start // items, (start + batch - 1) // items
     order = []
@@ -247,26 +247,26 @@ def data_order(items: int, step: int, batch: int, seed: int) -> list[int]:
 
 
 def lockstep(batches: list, spare, ranks: Ranks) -> list:
-    """This rank's batches, and behind them `spare`, until it has as many as any rank: sharded ranks
-    must meet in every forward and backward pass. As no token of `spare` counts, it adds zero."""
+    """This rank's batches, filled up with `spare` to the largest number on any rank: sharded ranks
+    must meet in every forward and backward pass. No token of `spare` counts, so it adds zero."""
     turns = int(ranks.reduce(len(batches), "max"))
     return batches + [spare] * (turns - len(batches))
 
 
 def backward(loss: Tensor, ranks: Ranks) -> None:
-    """Add the gradients of a rank's share of the loss. The loss is a sum over the ranks, and FSDP
-    takes the mean of their gradients: hence the factor."""
-    if loss.requires_grad:  # not so of a row without an image, if only the vision tower trains
+    """Add the gradients of a rank's share of the loss. The loss is a sum over the ranks, but FSDP
+    takes the mean of their gradients: hence the factor ranks.world."""
+    if loss.requires_grad:  # false under no_grad, or without an image if only vision trains
         (loss * ranks.world).backward()
 
 
 def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
-    """Clip the gradients to a norm of max_norm, step, and zero them. Returns the norm before
-    clipping, over all ranks. Where that is not finite the step is skipped."""
+    """Clip the gradients to a norm of max_norm, step, and zero the gradients. Returns the norm
+    before clipping, over all ranks. If this norm is not finite, the step is skipped."""
     (group,) = optimizer.param_groups
     for parameter in group["params"]:
-        # No gradient counts as zeros: without an image AdamW decays the vision tower all the same,
-        # as it does when the tower is sharded.
+        # A missing gradient counts as zeros: AdamW then decays the vision tower even if the batch
+        # has no image, as it does when the tower is sharded.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     norm = full(torch.nn.utils.clip_grad_norm_(group["params"], max_norm)).item()
@@ -282,8 +282,8 @@ def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
 
 @contextmanager
 def started(flags) -> Iterator[Ranks]:
-    """Check flags and folders, join the other ranks, and hold --out for this run alone. InputError
-    if --out holds what no run has written, or a run whose checkpoints were removed."""
+    """Check flags and folders, join the other ranks, and lock --out for this run. InputError if
+    --out holds files that no run has written, or a run whose checkpoints were removed."""
     data.check_inputs(flags)
     data.check_output(flags.out, [flags.model, *flags.data, *flags.validation])
     folder = Path(flags.out)
@@ -303,26 +303,26 @@ def started(flags) -> Iterator[Ranks]:
 class Run:
     """A training run in the folder --out, which all nodes share:
 
-    run.json        flags, fingerprint of the inputs, what was left out of them, versions
+    run.json        flags, fingerprint of the inputs, rows that were left out, versions
     metrics.jsonl   a line per step; rollouts.jsonl (of grpo.py) a line per group
     tensorboard/    the same as metrics.jsonl, where TensorBoard is installed
     checkpoints/    step-N, the state after step N: the last two
     """
 
-    # Flags that a resumed run may change: when to stop, save and evaluate; what changes results by
-    # roundings at most; and paths, whose files the fingerprint compares.
+    # A resumed run may change these flags: when to stop, save and evaluate; what changes results at
+    # most by rounding; and paths, since the fingerprint compares the files themselves.
     may_change = {"out", "steps", "fresh", "save_every", "eval_every", "device", "pack_tokens"}
     may_change |= {"max_branches", "checkpointing", "model", "data", "validation", "instruction"}
     logs = ("metrics.jsonl", "rollouts.jsonl")
     advice = "use --fresh to discard it, or another --out"
 
     def __init__(self, flags, ranks: Ranks, samples: list[Sample], left_out: list[str]):
-        """samples: those that the run reads; their images are inputs, too. InputError if the folder
-        holds a run with other flags or inputs, which flags.fresh discards."""
+        """samples: all that the run reads, since their images are inputs, too. InputError if the
+        folder holds a run with other flags or inputs, unless flags.fresh discards that run."""
         self.flags, self.ranks, self.folder = flags, ranks, Path(flags.out)
         self.checkpoints = self.folder / "checkpoints"
-        self.state = {}  # the tensors of model and optimizer themselves
-        self.done, self.began = 0, time.perf_counter()  # what this process began with, and when
+        self.state = {}  # the tensors of model and optimizer, not copies
+        self.done, self.began = 0, time.perf_counter()  # steps done before, and start time
         self.board = None  # TensorBoard's writer
         if ranks.rank == 0:
             if flags.fresh:
@@ -334,7 +334,7 @@ class Run:
             files["instruction"] = [flags.instruction] if flags.instruction else []
             inputs = data.fingerprint(flags.model, files, samples)
             record = {"flags": asdict(flags), "fingerprint": inputs, "left_out": left_out}
-            record["flags"]["dtype"] = str(ranks.compute)  # --dtype auto may be either
+            record["flags"]["dtype"] = str(ranks.compute)  # what --dtype auto has chosen
             record |= {"torch": torch.__version__, "transformers": transformers.__version__}
             record["device"] = str(ranks.device)
             path = self.folder / "run.json"
@@ -350,8 +350,8 @@ class Run:
         ranks.barrier()
 
     def restore(self, model, optimizer) -> int:
-        """Load the last checkpoint into model and optimizer; returns the steps done. What was
-        logged after it, the run logs again. InputError if it is damaged."""
+        """Load the last checkpoint into model and optimizer; returns the steps done. Drops later
+        log lines, as the run writes them again. InputError if the checkpoint is damaged."""
         parameters = {name: p.detach() for name, p in model.named_parameters()}
         moments = {n: optimizer.state[p] for n, p in model.named_parameters() if p.requires_grad}
         self.state = {"model": parameters, "optimizer": moments}
@@ -374,8 +374,8 @@ class Run:
         return self.done
 
     def checkpoint(self, step: int) -> None:
-        """Write the full state after `step` steps. Once it is whole on all ranks it has its final
-        name, and all but the last two checkpoints are removed."""
+        """Write the full state after `step` steps. Once all ranks have written, the checkpoint gets
+        its final name, and all but the last two checkpoints are removed."""
         partial_folder = self.checkpoints / f"step-{step:06d}.partial"
         try:
             dcp.save(self.state, checkpoint_id=partial_folder)
@@ -390,21 +390,21 @@ class Run:
         self.ranks.barrier()
 
     def log(self, step: int, metrics: dict, shown: str, last: int) -> None:
-        """A step's metrics: all of them in metrics.jsonl and (where installed) TensorBoard, on the
-        screen the time left and those that `shown` names."""
+        """Write all metrics of a step to metrics.jsonl and TensorBoard (if it is installed). Print
+        the time left and the metrics that `shown` names."""
         if self.ranks.rank > 0:
             return
         data.append_records(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            if self.board is None:  # what an earlier run has logged from this step on is not shown
+            if self.board is None:  # purge_step hides what an earlier run logged from this step on
                 self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()
         parts = [f"step {step}/{last}"]
-        if step > self.done:  # at the mean pace so far, with evaluations and checkpoints
+        if step > self.done:  # at the mean pace so far, including evaluations and checkpoints
             pace = (time.perf_counter() - self.began) / (step - self.done)
             parts.append(f"left {timedelta(seconds=round(pace * (last - step)))}")
         for name in shown.split():
@@ -419,8 +419,8 @@ class Run:
         text += f"updates skipped, as the gradient was not finite: {skipped}"
         if all(state["step"] == 0 for state in optimizer.state.values()):
             raise InputError(f"{text}; so nothing was trained")
-        # A model that is there is the last checkpoint's. It is not saved again: later stages know
-        # its weights by their time of change.
+        # A model in the folder is that of the last checkpoint. It is not saved again: later stages
+        # identify its weights by their modification time.
         if not (self.folder / "model.safetensors").exists():
             save(model, self.folder, self.flags.model, self.ranks.compute, encoder.files())
         if self.ranks.rank == 0:
@@ -429,14 +429,14 @@ class Run:
 
 @contextmanager
 def stop_signal(ranks: Ranks) -> Iterator[Callable[[], int]]:
-    """While it lasts, SIGTERM (of a scheduler) and Ctrl-C (SIGINT) only set a flag. Yields a
-    function that returns the signal that any rank has received so far, or 0: the same on all ranks,
-    so that they end after the same step, though signals reach them at different times."""
+    """In this block, SIGTERM (from a scheduler) and Ctrl-C (SIGINT) only set a flag. Yields a
+    function that returns the signal that any rank has received so far, or 0. It returns the same on
+    all ranks, so they end after the same step, even if signals reach them at different times."""
     received = [0]
 
     def note(number: int, frame) -> None:
         received[0] = number
-        if ranks.rank == 0:  # not by print, which the signal may have interrupted
+        if ranks.rank == 0:  # not with print: the signal may have interrupted a print
             os.write(2, b"stopping after this step, with a checkpoint; Ctrl-\\ ends at once\n")
 
     usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -75,6 +75,7 @@ SETTINGS = {
 CONTROL = "--epochs 11"
 RFT = "--epochs 5"
 RFT_LONG = "--epochs 8.5"
+GRPO_LONG = "--epochs 3.5"  # as long as two rounds of RFT; fixed when their time was known
 FEW = "--epochs 0.334"  # a third of the steps, with the clip range of Eq. (7) over these
 SIXTEEN = "--update-batch 2 --lr 5e-5"  # mini-batches of a rollout batch, where SETTINGS has four
 
@@ -156,6 +157,7 @@ VARIANTS = [  # in the order in which they run
     Variant("sft-text-image", MODALITIES, "sft.py", BASE, f"{TRAIN}-text_image", against="sft"),
     Variant("sft-third", MODALITIES, "sft.py", BASE, TRAIN, "--epochs 3.333", against="sft"),
     Variant("rft-twice", RL_HELPS, "sft.py", "rft", "rft-rows-2", RFT),
+    Variant("grpo-long", RL_HELPS, flags=GRPO_LONG, against="rft-twice"),
 ]  # fmt: skip
 
 
@@ -380,10 +382,14 @@ def run_all(stages: Iterable[Stage], every: float = 10.0) -> None:
 
 
 def training_seconds(stage: Stage) -> float:
-    """Of training and, for RL and RFT, of mining: all that comes after the world and R-SFT."""
+    """Of training and, for RL and RFT, of mining: all stages that come after the world and R-SFT."""
     started_from = {"world", *toy.WORLDS, "sft", *(pool.model for pool in (RARE, SHORT))}
-    before = [need for need in stage.needs if need.name not in started_from]
-    return stage.seconds() + sum(training_seconds(need) for need in before)
+    found, waiting = {}, [stage]
+    while waiting:
+        one = waiting.pop()
+        found[one.name] = one
+        waiting += [need for need in one.needs if need.name not in started_from]
+    return sum(one.seconds() for one in found.values())
 
 
 def results_of(stages: dict[str, Stage], variants: list[Variant]) -> claims.Result:

@@ -84,7 +84,9 @@ def main(flags: DuplicateFlags) -> None:
                 image = data.place_image(sample.image, sample.folder, folder)
                 kept[i] = replace(sample, image=image)
         if Path(flags.drop).exists() and Path(flags.drop).read_bytes() != data.json_lines(kept):
-            raise data.InputError(f"{flags.drop} is there, with other rows; choose another --drop")
+            raise data.InputError(
+                f"{flags.drop} exists and holds other rows; choose another --drop"
+            )
         data.write_samples(flags.drop, kept)
 
 

@@ -81,8 +81,9 @@ def test_the_stages_of_a_seed():
     assert made == {"world", "sft", "rl", "grpo", "rft-rows", "rft"} | evaluations
 
 
-def test_training_seconds_count_mining_but_not_the_first_sft(tmp_path):
-    few = [v for v in ablations.VARIANTS if v.name in ("sft", "grpo", "control", "rft")]
+def test_training_seconds_count_mining_but_not_the_first_sft_and_nothing_twice(tmp_path):
+    names = ("sft", "grpo", "control", "rft", "rft-twice")
+    few = [v for v in ablations.VARIANTS if v.name in names]
     stages = ablations.stages_of(41, tmp_path, few, alone=True)
     stages["sft"].folder.mkdir()
     seconds = {
@@ -94,11 +95,12 @@ def test_training_seconds_count_mining_but_not_the_first_sft(tmp_path):
         "rft-rows": 1,
         "rft": 4,
     }
+    seconds |= {"rl-of-rft": 300, "rft-rows-2": 7, "rft-twice": 9}
     for name, count in seconds.items():
         record = {"settings": {}, "seconds": count}
         (tmp_path / "seed-41" / f"{name}.stage.json").write_text(json.dumps(record))
-    names = ("sft", "grpo", "control", "rft")
-    assert [ablations.training_seconds(stages[name]) for name in names] == [100, 23, 25, 25]
+    found = [ablations.training_seconds(stages[name]) for name in names]
+    assert found == [100, 23, 25, 25, 25 + 300 + 7 + 9]
 
 
 def test_seconds_are_of_a_core_and_of_the_stage_that_has_ended(tmp_path):

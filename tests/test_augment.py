@@ -248,7 +248,7 @@ def test_one_id_of_two_samples_is_refused(flags, tmp_path):
 def test_an_output_that_is_a_stranger_s_or_in_use_is_refused(flags):
     Path(flags.out).write_text("mine\n")
     for fresh in (False, True):
-        with pytest.raises(InputError, match="rl.jsonl is there, and not made by augment.py"):
+        with pytest.raises(InputError, match="rl.jsonl exists, but augment.py did not make it"):
             augment.main(replace(flags, fresh=fresh))
     assert Path(flags.out).read_text() == "mine\n"
     Path(flags.out).unlink()

@@ -102,7 +102,7 @@ BAD = [  # more, and what whole commands say of it, in test_broken_inputs.py
     (ROW | {"source": None}, "'source' is missing"), (ROW | {"request": ""}, "neither a request nor an image"),
     (ROW | {"response": ""}, "null means none"), (ROW | {"response": None}, "but no response"),
     (ROW | {"response_label": "None"}, "'None'; it must be"), (ROW | {"image": "../x"}, "inside"),
-    (ROW | {"image": "damaged.png"}, "cannot be used"), (ROW | {"id": "first"}, "is there before: "),
+    (ROW | {"image": "damaged.png"}, "cannot be used"), (ROW | {"id": "first"}, "came before: "),
 ]  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_what_is_given_twice_is_refused(tmp_path):
         data.read_samples([one, two])  # what is known about it may differ
     write(Path(two), ROW | {"request": "Another"}, ROW | {"id": "b"})
     assert len(data.read_samples([one, two])[0]) == 3  # an id in two files is no identity
-    with pytest.raises(InputError, match="holds no samples that are good"):
+    with pytest.raises(InputError, match="holds no good samples"):
         data.read_samples([write(tmp_path / "3.jsonl", b"{}")], skip_bad=True)
 
 
@@ -517,7 +517,7 @@ def test_convert_overwrites_only_what_it_would_write_again(tmp_path):
     [one], _ = convert(tmp_path, rows)
     assert convert(tmp_path, rows)[0] == [one]
     data.append_records(one.folder / "train.jsonl", [data.to_json(replace(one, id="paid for"))])
-    with pytest.raises(InputError, match="train.jsonl is there, with other rows; remove it"):
+    with pytest.raises(InputError, match="train.jsonl exists and holds other rows; remove it"):
         convert(tmp_path, rows)
     assert len(data.read_samples([one.folder / "train.jsonl"])[0]) == 2
 

@@ -124,7 +124,7 @@ def test_what_comes_into_a_table_stays_in_its_cell():
 def test_two_predictions_of_one_exchange_are_refused_wherever_they_lie(tmp_path):
     a = write(tmp_path / "a.jsonl", predictions("hu", "hu", folder="../x", file="x/test.jsonl"))
     b = write(tmp_path / "b.jsonl", predictions("h", "u", folder="../y", file="y/test.jsonl"))
-    with pytest.raises(InputError, match="b.jsonl:1: .*0 is there twice: score one model"):
+    with pytest.raises(InputError, match="b.jsonl:1: .*0 has two predictions: score one model"):
         read_predictions([a, b])
     other = write(tmp_path / "c.jsonl", predictions("h", "u", request="another"))
     assert len(read_predictions([a, other])) == 3
