@@ -96,7 +96,7 @@ class Sample:
 
     @property
     def key(self) -> str:
-        """A text that identifies the exchange. Folder, labels and reasoning do not change it."""
+        """A text that identifies the exchange (with id and source), not what is known about it."""
         return json.dumps([getattr(self, name) for name in EXCHANGE])
 
     @property
@@ -232,11 +232,11 @@ class Encoder:
         self.stop_ids = [self.control["im_end"], self.control["endoftext"]]
         self.banned_ids = (self.image_id, self.control["video_pad"])
         # The first tokens of the label words: their logits where a label begins give P(harmful).
-        self.words = (*self._encode(" harmful")[:1], *self._encode(" unharmful")[:1])
+        self.label_ids = (*self._encode(" harmful")[:1], *self._encode(" unharmful")[:1])
 
         fits = self.image_id == config.image_token_id and len(self.tokenizer) <= config.vocab_size
-        if not fits or len(set(self.words)) < 2:
-            ids = f"{self.control} of {len(self.tokenizer)} tokens, labels begin with {self.words}"
+        if not fits or len(set(self.label_ids)) < 2:
+            ids = f"{self.control} of {len(self.tokenizer)} tokens, labels from {self.label_ids} on"
             raise InputError(f"{folder}: its tokenizer does not fit its config.json: {ids}")
         if set(TAGS) & self.tokenizer.get_added_vocab().keys():
             raise InputError(f"{folder}: {TAGS} must be text, not added tokens")

@@ -224,7 +224,8 @@ def predict(
 ) -> Iterator[tuple[int, dict]]:
     """Yield (i, prediction) as samples in todo finish. A sample that does not fit into the model's
     context gets an empty, unfinished output, which counts as wrong. options: of `generate`."""
-    options |= {"n": 1, "longest": model.config.max_position_embeddings, "words": encoder.words}
+    options |= {"n": 1, "longest": model.config.max_position_embeddings}
+    options["label_ids"] = encoder.label_ids
     for i, outputs in sample_outputs(model, encoder, todo, flags, **options):
         completion = outputs[0] if outputs else Completion([], [])
         output = encoder.decode(completion.ids)
@@ -318,29 +319,27 @@ def collect(
     if ranks.rank == 0:
         open_folder(folder, flags, ranks)
     ranks.barrier()
-    made_before = read_by_key(folder)
+    records = {}  # {key: record}
+    for file in folder.glob("rank-*.jsonl"):
+        records |= {record["key"]: record for record in data.read_records(file)}
     # 2. Make the records that are missing in this rank's share. No other rank makes them.
     share = range(ranks.rank, len(sample_records), ranks.world)
-    todo = {i: samples[i] for i in share if sample_records[i]["key"] not in made_before}
+    todo = {i: samples[i] for i in share if sample_records[i]["key"] not in records}
     if todo:  # a finished run needs no model; old results are not those of this data
         for name in ("predictions.jsonl", "results.json"):
             (folder / name).unlink(missing_ok=True)
         new = make(*load_guard(flags, ranks), todo, flags)
         for i, fields in data.progress(new, len(todo), "samples", show=ranks.rank == 0):
-            data.append_records(folder / f"rank-{ranks.rank}.jsonl", [sample_records[i] | fields])
-    # 3. Combine all records with the current labels.
-    ranks.barrier()
-    made = read_by_key(folder)
-    records = [made[fields["key"]] | fields for fields in sample_records]
+            record = sample_records[i] | fields
+            data.append_records(folder / f"rank-{ranks.rank}.jsonl", [record])
+            records[record["key"]] = record
+    # 3. Combine the records of all ranks with the current labels.
+    gathered = ranks.gather([records[sample_records[i]["key"]] for i in share])
+    records = {record["key"]: record for record in gathered}
+    combined = [records[fields["key"]] | fields for fields in sample_records]
     if ranks.rank == 0:
-        data.write_samples(folder / "predictions.jsonl", records)
-    return records
-
-
-def read_by_key(folder: Path) -> dict[str, dict]:
-    """{key: record} of all records that the ranks have written so far."""
-    files = folder.glob("rank-*.jsonl")
-    return {record["key"]: record for file in files for record in data.read_records(file)}
+        data.write_samples(folder / "predictions.jsonl", combined)
+    return combined
 
 
 def read_predictions(paths: Iterable[str | Path]) -> dict[tuple, dict]:

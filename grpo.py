@@ -153,7 +153,8 @@ def policy_loss(
 
     The caller divides by the tokens of the mini-batch. A token has no gradient if its K has moved
     far enough: A > 0 and K > 1 + B_s, or A < 0 and K < 1 - B_s. Else it has the full gradient.
-    (In the range K A and clip(K) A are equal: torch halves the gradient; `clamp` passes its half.)
+    (In the range K A and clip(K) A are equal. torch.minimum gives each half of the gradient, and
+    clamp passes its half on: together it is whole.)
     In the last step of Eq. (7), B_s is 0. Then the first mini-batch learns in full: its K is 1 by
     construction. Later ones learn only from tokens whose K has not moved, or has moved against A.
 

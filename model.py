@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from textwrap import shorten
@@ -435,8 +436,8 @@ class VisionTower(nn.Module):
         image = torch.arange(len(grids)).repeat_interleave(torch.tensor([len(c) for c in coords]))
         coords = torch.cat(coords)  # row and column of every cell in its image [P / 4, 2]
         windows = torch.cat([image[:, None], coords // window_edge], dim=1)  # of cells [P / 4, 3]
-        _, window, sizes = windows.unique(dim=0, return_inverse=True, return_counts=True)
-        order = window.argsort(stable=True)  # [P / 4]
+        _, number, sizes = windows.unique(dim=0, return_inverse=True, return_counts=True)
+        order = number.argsort(stable=True)  # [P / 4]
         coords = coords[order]
         order = order.to(device)
         cells = pixels.unflatten(0, (-1, merge**2))[order]  # [P / 4, 4, 1176]
@@ -483,7 +484,7 @@ def scale_logits(logits: Tensor, temperature: float, banned: tuple[int, ...]) ->
     return logits
 
 
-def score_tokens(
+def token_logprobs(
     hidden: Tensor, targets: Tensor, head: Tensor, temperature: float, banned: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [S] of targets [S], and entropies [S] (without gradient), computed in
@@ -542,19 +543,20 @@ class QwenVL(nn.Module):
                 predictor[start] = prompt.start + prompt.length - 1
         supervised = row.supervised.nonzero().squeeze(1)  # [S]
         targets = row.ids[supervised].to(self.device)
-        hidden = self.hidden(row).index_select(0, predictor[supervised].to(self.device))  # [S, D]
+        predictor = predictor[supervised].to(self.device)  # [S]
+        hidden = self.hidden_states(row).index_select(0, predictor)  # [S, D]
         # 2. Round the head to the compute type, like the sampler's copy, then widen it to float32.
         # On CUDA, TF32 holds bfloat16 exactly and adds in float32, at half the speed of bfloat16.
         head = self.head.to(hidden.dtype).float()
         chunk = 1024 if hidden.is_cuda else 128  # tokens
-        scores = [
-            recomputed(True, score_tokens, h, t, head, temperature, banned)
+        chunks = [
+            recomputed(True, token_logprobs, h, t, head, temperature, banned)
             for h, t in zip(hidden.split(chunk), targets.split(chunk))
         ]
-        logprobs, entropies = zip(*scores)
+        logprobs, entropies = zip(*chunks)
         return torch.cat(logprobs), torch.cat(entropies)
 
-    def hidden(self, row: Row, attention: Callable | None = None) -> Tensor:
+    def hidden_states(self, row: Row, attention: Callable | None = None) -> Tensor:
         """Final hidden states [T, D] of a packed row. `attention`, if given, replaces the row's own
         attention."""
         attention = attention or PackedAttention.of_row(row, self.device)
@@ -601,7 +603,7 @@ class Completion:
 
     ids: list[int]  # with the stop token, when finished
     logprobs: list[float]  # of every token, at the sampling temperature and before top-p
-    p_harmful: list[float] = field(default_factory=list)  # at every token, if `words` are given
+    p_harmful: list[float] = field(default_factory=list)  # at every token, if asked for
     random: Callable[[], float] | None = None  # draws this completion's uniform numbers
     running: bool = True
     finished: bool = False  # False also if cut off at max_new_tokens
@@ -636,7 +638,7 @@ def generate(
     banned: Sequence[int] = (),  # ids that are never drawn
     seed: int = 0,
     max_branches: int = 256,  # limit on running completions; one prompt may exceed it
-    words: tuple[int, int] | None = None,  # first ids of "harmful", "unharmful", for P(harmful)
+    label_ids: tuple[int, int] | None = None,  # of "harmful", "unharmful", for P(harmful)
     watch: Callable[[list[int]], None] | None = None,  # called with all tokens drawn in a step
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Sample n completions of every prompt; yield (key, completions) as prompts finish.
@@ -654,7 +656,7 @@ def generate(
         if not batch.branches:
             return
         # 2. Draw every branch's next token, and yield the prompts whose completions have all ended.
-        drawn = batch.draw(temperature, top_p, banned, words)
+        drawn = batch.draw(temperature, top_p, banned, label_ids)
         if watch:
             watch([int(token) for token, *_ in drawn])
         for prompt in batch.record(drawn, stop_ids):
@@ -747,18 +749,18 @@ class DecodeBatch:
             self.prefill(rows)
 
     def resize_cache(self, old_slots: Sequence[int]) -> None:
-        """Fit the cache to self.branches. The first branches keep the contents and hidden states of
-        old_slots; the others get empty slots. Every slot has room for more tokens than the longest
-        branch has so far. Layers are resized one by one: two whole caches never exist."""
+        """Give every branch a slot. Branch i takes over slot old_slots[i] and its hidden state; the
+        branches beyond these get empty slots, which `prefill` fills. Every slot has room for more
+        tokens than the longest branch has now. Layer by layer: two whole caches never exist."""
         longest = max([prompt.length + len(c.ids) for prompt, c in self.branches], default=0)
         self.capacity = (longest // CACHE_STEP + 1) * CACHE_STEP
-        new_slots, device = len(self.branches) - len(old_slots), self.model.device
+        n_new, device = len(self.branches) - len(old_slots), self.model.device
         old_slots = torch.tensor(old_slots, dtype=torch.long).to(device)
         self.hidden = self.hidden[old_slots]
         for i, layer in enumerate(self.cache):
             old = layer[:, old_slots, :, : self.capacity]
-            new_tokens = self.capacity - old.shape[3]
-            self.cache[i] = F.pad(old, (0, 0, 0, new_tokens, 0, 0, 0, new_slots))
+            n_more = self.capacity - old.shape[3]
+            self.cache[i] = F.pad(old, (0, 0, 0, n_more, 0, 0, 0, n_new))
         self.slots = torch.arange(len(self.branches), device=device)  # [B]
         self.all_places = torch.arange(self.capacity, device=device)  # [C]
 
@@ -772,25 +774,27 @@ class DecodeBatch:
 
         def attend_and_record(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             """The row's attention. It copies a prompt's keys and values to its branches' slots."""
-            slots = self.cache[layer][:, first_new:].split(self.n, dim=1)
-            keys_and_values = torch.stack([k, v]).transpose(1, 2)  # [2, K, T, d]
-            for n_slots, new in zip(slots, keys_and_values.split(lengths, dim=2)):
-                n_slots[:, :, :, : new.shape[2]] = new[:, None]
+            new_slots = self.cache[layer][:, first_new:].split(
+                self.n, dim=1
+            )  # each [2, n, K, C, d]
+            prompts = torch.stack([k, v]).transpose(1, 2).split(lengths, dim=2)  # [2, K, length, d]
+            for slots, prompt in zip(new_slots, prompts):
+                slots[:, :, :, : prompt.shape[2]] = prompt[:, None]  # the same for all n
             return packed_attention(q, k, v)
 
-        hidden = self.model.hidden(row, attend_and_record)  # [T, D]
+        hidden = self.model.hidden_states(row, attend_and_record)  # [T, D]
         # 2. Every branch starts from the hidden state of its prompt's last token.
         last_tokens = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(self.n)
         self.hidden = torch.cat([self.hidden, hidden[last_tokens.to(device)]])
 
-    def draw(self, temperature: float, top_p: float, banned, words) -> list[list[float]]:
-        """The next token of every branch, its log-probability and, if words are given, P(harmful).
+    def draw(self, temperature: float, top_p: float, banned, label_ids) -> list[list[float]]:
+        """The next token of every branch, its log-probability and, with label_ids, P(harmful).
         Temperature 0 takes the most likely token."""
         logits = F.linear(self.hidden.float(), self.head)  # [B, V]
-        scores = []
-        if words:
-            harmful, unharmful = words
-            scores = [torch.sigmoid(logits[:, harmful] - logits[:, unharmful])]
+        p_harmful = []
+        if label_ids:
+            harmful, unharmful = label_ids
+            p_harmful = [torch.sigmoid(logits[:, harmful] - logits[:, unharmful])]
         logprobs = scale_logits(logits, temperature or 1.0, banned).log_softmax(-1)
         if temperature == 0:
             token = logprobs.argmax(-1)
@@ -803,10 +807,12 @@ class DecodeBatch:
             token = sample_tokens(probs, uniform)
         chosen = logprobs.gather(1, token[:, None]).squeeze(1)
         # One tensor, so that the host waits once for the device; float32 holds every token id.
-        return torch.stack([token.float(), chosen, *scores], dim=1).tolist()
+        return torch.stack([token.float(), chosen, *p_harmful], dim=1).tolist()
 
-    def record(self, drawn: list[list[float]], stop_ids) -> Iterator[Prompt]:
-        """Record every branch's new token; yield each prompt whose last branch ends with it."""
+    def record(self, drawn: list[list[float]], stop_ids) -> list[Prompt]:
+        """Record the new token of every running branch. Returns the prompts whose last branch ends
+        with it."""
+        answered = []
         for (prompt, completion), (token, logprob, *p_harmful) in zip(self.branches, drawn):
             if not completion.running:
                 continue
@@ -820,7 +826,8 @@ class DecodeBatch:
             if completion.finished or len(completion.ids) == self.max_new_tokens:
                 completion.running = False
                 if not any(other.running for other in prompt.completions):
-                    yield prompt
+                    answered.append(prompt)
+        return answered
 
     def step(self) -> None:
         """Run every branch's newest token through the decoder, at the next position."""
@@ -833,24 +840,26 @@ class DecodeBatch:
             self.resize_cache(range(len(newest)))
         # The host has just waited for the device, so this copy waits for nothing.
         newest = torch.tensor(newest).to(model.device, non_blocking=True)
-        token, self.place, position = newest.unbind(1)  # each [B]
+        token, place, position = newest.unbind(1)  # each [B]
         # Attention adds this mask to its scores: 0 where there is a token, else minus infinity.
-        is_empty = self.all_places > self.place[:, None]  # [B, C]
-        self.mask = torch.zeros_like(is_empty, dtype=self.hidden.dtype)
-        self.mask = self.mask.masked_fill(is_empty, -math.inf)[:, None, None]  # [B, 1, 1, C]
+        is_empty = self.all_places > place[:, None]  # [B, C]
+        mask = torch.zeros_like(is_empty, dtype=self.hidden.dtype)
+        mask = mask.masked_fill(is_empty, -math.inf)[:, None, None]  # [B, 1, 1, C]
+        attention = partial(self.attention, place, mask)
         x = model.model.embed_tokens(token)  # [B, D]
         cos, sin = model.rope(position.expand(3, -1))
         for layer in model.model.layers:
-            x = layer(x, cos, sin, self.attention)
+            x = layer(x, cos, sin, attention)
         self.hidden = model.model.norm(x)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d]."""
-        cache = self.cache[layer]
-        cache[:, self.slots, :, self.place] = torch.stack([k, v], dim=1)
+    def attention(self, place: Tensor, mask: Tensor, q, k, v, layer: int) -> Tensor:
+        """Decoding attention: q [B, H, d], k, v [B, K, d] of the newest tokens -> [B, H, d]. place:
+        where keys and values go in every slot [B]."""
+        cache = self.cache[layer]  # [2, B, K, C, d]
+        cache[:, self.slots, :, place] = torch.stack([k, v], dim=1)  # this index is [B, 2, K, d]
         # The H / K heads that share a key-value head become H / K queries to that head.
         queries = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, d]
-        return F.scaled_dot_product_attention(queries, *cache, self.mask).flatten(1, 2)
+        return F.scaled_dot_product_attention(queries, *cache, mask).flatten(1, 2)
 
 
 def free_cache_tokens(model: QwenVL) -> int:

@@ -42,8 +42,7 @@ ZERO = torch.zeros(1, dtype=torch.long)
 # A rank runs this row when only other ranks have rows left: one token, not supervised.
 SPARE_ROW = Row(ZERO, ZERO.expand(3, 1), (Segment(0, 1),), ZERO.bool(), torch.zeros(0, 1176))
 
-# torch.distributed.checkpoint gives this warning in every run of a single process.
-warnings.filterwarnings("ignore", "torch.distributed is disabled")
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by dcp, in one process
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def usable_samples(
     share = range(ranks.rank, len(usable), ranks.world)
     rows = prefetch(encode, (usable[i] for i in share))
     rows = progress(rows, len(share), "samples", ranks.rank == 0)
-    short = ranks.gather([i for i, row in zip(share, rows) if len(row) <= most])
+    short = ranks.gather([i for row, i in zip(rows, share) if len(row) <= most])
     target = "reasoning or a label" if complete else "a label"
     summary = (
         f"{', '.join(paths)}: {len(short)} samples; left out: {len(bad_rows)} bad rows, "
@@ -293,7 +292,8 @@ def started(flags) -> Iterator[Ranks]:
         if names and "run.json" not in names:
             raise InputError(f"{folder}: holds files, but not of a run; give another --out")
         logged = data.read_records(folder / "metrics.jsonl") if "metrics.jsonl" in names else []
-        has_saved = "model.safetensors" in names or len(logged) > flags.save_every
+        every = data.read_json(folder / "run.json")["flags"]["save_every"] if logged else 0
+        has_saved = "model.safetensors" in names or (logged and logged[-1]["step"] > every)
         if has_saved and not any(folder.glob("checkpoints/step-*")) and not flags.fresh:
             raise InputError(f"{folder}: a run whose checkpoints are gone; {Run.advice}")
         ranks.barrier()  # no rank goes on before rank 0 has the lock

@@ -255,7 +255,7 @@ def head_of(side: str) -> tuple[Callable[[], None], qwen.QwenVL]:
         if side == "ours":
             logprobs = model(row)[0]
         else:
-            logits = torch.nn.functional.linear(model.hidden(row)[:-1], model.head).float()
+            logits = torch.nn.functional.linear(model.hidden_states(row)[:-1], model.head).float()
             logprobs = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
         logprobs.mean().backward()
 

@@ -252,7 +252,7 @@ def test_targets_and_the_words_of_their_labels(encoder):
     silent = replace(one, response=None, response_label=None)
     assert encoder.target_text(silent) == target.replace("Response: unharmful", "Response: None")
     ids = encoder.tokenizer.encode(target)
-    for word, name in zip(encoder.words, ("Request:", "Response:")):  # P(harmful) is read there
+    for word, name in zip(encoder.label_ids, ("Request:", "Response:")):  # P(harmful) is read there
         assert encoder.tokenizer.decode(ids[: ids.index(word)]).endswith(name)
     for lack in ({"reasoning": None}, {"reasoning": "so </think> done"}, {"request_label": None}):
         with pytest.raises(InputError, match="sample s1: training needs reasoning"):

@@ -144,12 +144,13 @@ class OneOf:
     world: int = 1
     compute: str = "float32"
 
-    met: int = 0
-
     def barrier(self) -> None:
-        self.met += 1
-        if self.world > 1 and self.met == 2:  # behind its records; the others have not come so far
+        pass
+
+    def gather(self, items: list) -> list:
+        if self.world > 1:  # the others have not come so far
             raise KeyboardInterrupt
+        return items
 
 
 @pytest.fixture
@@ -360,7 +361,7 @@ def test_probabilities_equal_the_logits_before_the_label(guard, world, monkeypat
         ids, found = p["request_p"].ids, p["request_p"].p_harmful
         prompt = encoder.prompt(sample)
         with torch.no_grad():
-            hidden = model.hidden(prompt.extend([ids]))[len(prompt) - 1 : -1]
+            hidden = model.hidden_states(prompt.extend([ids]))[len(prompt) - 1 : -1]
             logits = torch.nn.functional.linear(hidden, model.head).double()
         odds = logits.softmax(-1)[:, words]
         found = torch.tensor(found, dtype=torch.float64)

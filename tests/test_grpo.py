@@ -182,9 +182,9 @@ def test_packing_splitting_and_leaving_groups_out_change_nothing(nets, groups, e
 
 def test_the_first_mini_batch_needs_no_pass_of_its_own(groups, encoder, run_flags, monkeypatch):
     net, passes = qwen.load(run_flags().model), []
-    hidden, optimizer = net.hidden, sft.make_optimizer(net, 1e-3, 0.0)
+    hidden, optimizer = net.hidden_states, sft.make_optimizer(net, 1e-3, 0.0)
     counted = lambda row: passes.append(torch.is_grad_enabled()) or hidden(row)
-    monkeypatch.setattr(net, "hidden", counted)
+    monkeypatch.setattr(net, "hidden_states", counted)
     flags = run_flags(rollout_batch=3, update_batch=3)
     line = grpo.update_policy(net, optimizer, groups, encoder, flags, 0.0, ALONE)
     assert passes == [True] and line["approx_kl"] == line["clipped_high"] == 0

@@ -139,7 +139,7 @@ def reference_logits(hf, row):
 @torch.no_grad()
 def full_logits(net, row):
     """Logits [T, V] of every token of a row, by our model."""
-    return F.linear(net.hidden(row).float(), net.head.float())
+    return F.linear(net.hidden_states(row).float(), net.head.float())
 
 
 def full_scores(logits, row, temperature=1.0, banned=()):
@@ -475,7 +475,7 @@ def test_what_is_recorded_equals_a_plain_forward(back_end, pair, temperature, to
     """Also under truncation the log-probabilities are those of all tokens; P(harmful) is the softmax over
     two logits, whatever the temperature, before the token that was drawn."""
     hf, mine = pair
-    options = dict(temperature=temperature, top_p=top_p, max_branches=7, words=(7, 8))
+    options = dict(temperature=temperature, top_p=top_p, max_branches=7, label_ids=(7, 8))
     got = collect(mine, PROMPTS, **SAMPLING | options)
     every = [(prompt, made) for key, prompt in enumerate(PROMPTS) for made in got[key]]
     lengths = {len(made.ids) for _, made in every}
@@ -518,14 +518,10 @@ def test_decoding_attention_equals_the_dense_one(net, dtype):
     lengths, normal = [5, 1, 9], lambda *shape: torch.randn(*shape, 16, generator=draw).to(dtype)
     q, k, v, cache = 8 * normal(3, 4), normal(3, 2), normal(3, 2), normal(2, 3, 2, 12)
     batch = ours.DecodeBatch(copy.deepcopy(net).to(dtype), [], 1, 0, 0, 0)
-    batch.cache[1], batch.slots, batch.place = (
-        cache.clone(),
-        torch.arange(3),
-        torch.tensor(lengths) - 1,
-    )
+    batch.cache[1], batch.slots = cache.clone(), torch.arange(3)
     seen = torch.arange(12) < torch.tensor(lengths)[:, None]
-    batch.mask = torch.zeros(3, 12, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None, None]
-    out = batch.attention(q, k, v, layer=1)
+    mask = torch.zeros(3, 12, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None, None]
+    out = batch.attention(torch.tensor(lengths) - 1, mask, q, k, v, layer=1)
     for i, length in enumerate(lengths):
         before = cache[:, i, :, : length - 1].float()
         keys, values = torch.cat([before, torch.stack([k, v])[:, i, :, None].float()], dim=2)

@@ -158,7 +158,7 @@ def by_hand(net, rows) -> torch.Tensor:
     """Eq. (3), from full logits, every sample alone: mean of - log P over all target tokens."""
     found = []
     for row in rows:
-        logits = torch.nn.functional.linear(net.hidden(row), net.head)
+        logits = torch.nn.functional.linear(net.hidden_states(row), net.head)
         logprobs = logits[:-1].log_softmax(-1).gather(1, row.ids[1:, None]).squeeze(1)
         found.append(logprobs[row.supervised[1:]])
     return -torch.cat(found).mean()
