@@ -55,7 +55,7 @@ class AugmentFlags(data.Flags):
     size: int = option(12000, "samples; fewer if too few rows are hard")
     max_correct: int = option(0, "a row is hard if at most so many of its outputs are right")
     keep_images: bool = option(True, "image-only rows count as hard whatever the model can do")
-    random_share: float = option(0.0, "share drawn from all rows; for data with few hard ones")
+    random_share: float = option(0.0, "share drawn from other rows; for data with few hard ones")
     augmented_share: float = option(0.2, "share of the RL set that is concatenated")
 
 

@@ -118,9 +118,9 @@ def classification_metrics(group: list[dict], field: str) -> dict:
 
 
 def score_table(predictions: list[dict]) -> list[dict]:
-    """For each task: a line per benchmark and modality, then averages per modality and over all. A
-    benchmark without an F1 (no harmful row, none called harmful) is part of no average, so that all
-    columns of an average cover the same rows."""
+    """For each task: a line per benchmark and modality, then averages per modality and over all. In
+    an average F1 is the mean of the benchmarks', weighted by rows; other columns pool their rows. A
+    benchmark without an F1 (no harmful row, none called harmful) is part of no average."""
     table = []
     for task, field in TASKS:
         groups = defaultdict(list)  # {(modality, benchmark): its labelled predictions}

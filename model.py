@@ -641,12 +641,13 @@ def generate(
     label_ids: tuple[int, int] | None = None,  # of "harmful", "unharmful", for P(harmful)
     watch: Callable[[list[int]], None] | None = None,  # called with all tokens drawn in a step
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Sample n completions of every prompt; yield (key, completions) as prompts finish.
+    """Sample n completions of every prompt; yield (key, completions) when the last one ends.
 
     A prompt starts once the cache could hold all completions at full length; one too large for that
     runs alone. Random numbers depend only on (seed, key, index of the completion). So neighbours,
     batching and the number of ranks do not change a completion, except by rounding (CUDA's kernels
-    differ by shape, so last bits and then tokens differ). InputError if logits are not finite.
+    differ by shape, so last bits and then tokens differ). The model must be whole, in the type that
+    it computes in: from `load` or `replica`. InputError if logits are not finite.
     """
     batch = DecodeBatch(model, prompts, n, max_new_tokens, seed, max_branches)
     while True:

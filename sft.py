@@ -39,7 +39,7 @@ from model import QwenVL, Ranks, Row, Segment, full, load, save, shard, start_ra
 # The metrics on the screen.
 SHOWN = "loss lr grad_norm trained_tokens_per_second seconds validation_loss"
 ZERO = torch.zeros(1, dtype=torch.long)
-# A rank runs this row when only other ranks have rows left: one token, not supervised.
+# A rank runs this row when only other ranks have rows left: one token, not supervised, no image.
 SPARE_ROW = Row(ZERO, ZERO.expand(3, 1), (Segment(0, 1),), ZERO.bool(), torch.zeros(0, 1176))
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by dcp, in one process
