@@ -17,7 +17,7 @@ a stage that has ended is not run again, unless its command, the code, or a stag
 another one than then. The settings below were chosen on the validation split of seed 100.
 
     python tests/ablations.py                                    # all of it: some three hours
-    python tests/ablations.py --seeds 1 --only grpo rft eco      # as demo.sh: some 8 minutes
+    python tests/ablations.py --seeds 1 --only grpo rft          # as demo.sh: some 7 minutes
     python tests/ablations.py --tables                           # of what has ended: runs nothing
 """
 
