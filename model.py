@@ -9,7 +9,7 @@ token of the prefix. Logits are float32, whatever the type of the weights: Eq. (
 probabilities whose differences are too small for bfloat16.
 
 T  tokens of a row          D  hidden size           B  branches: completions being generated
-S  supervised tokens        H  heads                 C  capacity of the cache, in tokens of a branch
+S  supervised tokens        H  heads                 C  capacity of the cache, in tokens of a slot
 P  patches of images        K  key-value heads       n  completions of a prompt
 V  vocabulary               d  size of a head
 (These letters belong to the code: S and K_i mean other things in the paper.)
@@ -775,10 +775,9 @@ class DecodeBatch:
 
         def attend_and_record(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             """The row's attention. It copies a prompt's keys and values to its branches' slots."""
-            new_slots = self.cache[layer][:, first_new:].split(
-                self.n, dim=1
-            )  # each [2, n, K, C, d]
-            prompts = torch.stack([k, v]).transpose(1, 2).split(lengths, dim=2)  # [2, K, length, d]
+            # Each of new_slots is [2, n, K, C, d], each of prompts [2, K, length, d].
+            new_slots = self.cache[layer][:, first_new:].split(self.n, dim=1)
+            prompts = torch.stack([k, v]).transpose(1, 2).split(lengths, dim=2)
             for slots, prompt in zip(new_slots, prompts):
                 slots[:, :, :, : prompt.shape[2]] = prompt[:, None]  # the same for all n
             return packed_attention(q, k, v)
